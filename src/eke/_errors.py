@@ -6,7 +6,6 @@ One exception type for what only eke can raise (a missing optional part); for ev
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -47,7 +46,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         MissingExtraError: if it is not installed.
     """
     try:
-        return importlib.__import__(module, fromlist=["_"])
+        return __import__(module, fromlist=["_"])
     except ImportError as error:
         raise MissingExtraError(
             f"{purpose} needs the package {module!r}, which is not installed ({error}). "
