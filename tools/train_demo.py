@@ -90,7 +90,9 @@ def train(images: Tensor, labels: Tensor, *, widths: tuple[int, int, int], epoch
             schedule.step()
             step += 1
             if step % 100 == 0:
-                sys.stderr.write(f"epoch {epoch} step {step}/{steps} loss {loss.item():.4f} {time.perf_counter() - start:.0f}s\n")
+                sys.stderr.write(
+                    f"epoch {epoch} step {step}/{steps} loss {loss.item():.4f} {time.perf_counter() - start:.0f}s\n"
+                )
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -106,7 +108,9 @@ def main() -> None:
     labels = torch.from_numpy(read_idx(arguments.images / "train-labels-idx1-ubyte.gz")).long()
     test_images = torch.from_numpy(read_idx(arguments.images / "t10k-images-idx3-ubyte.gz"))
     test_labels = torch.from_numpy(read_idx(arguments.images / "t10k-labels-idx1-ubyte.gz")).long()
-    model = train(images[:TRAINED_ON], labels[:TRAINED_ON], widths=(32, 64, 128), epochs=arguments.epochs, seed=arguments.seed)
+    model = train(
+        images[:TRAINED_ON], labels[:TRAINED_ON], widths=(32, 64, 128), epochs=arguments.epochs, seed=arguments.seed
+    )
     held_out = accuracy(model, images[TRAINED_ON:], labels[TRAINED_ON:])
     tested = accuracy(model, test_images, test_labels)
     sys.stderr.write(f"held-out {held_out:.4f} test {tested:.4f}\n")
@@ -114,7 +118,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     indices = {
         "calibration": torch.randperm(TRAINED_ON, generator=generator)[:CALIBRATION].sort().values,
-        "selection": TRAINED_ON + torch.randperm(len(images) - TRAINED_ON, generator=generator)[:SELECTION].sort().values,
+        "selection": TRAINED_ON
+        + torch.randperm(len(images) - TRAINED_ON, generator=generator)[:SELECTION].sort().values,
         "report": torch.randperm(len(test_images), generator=generator)[:REPORT].sort().values,
     }
     sources = {"calibration": (images, labels), "selection": (images, labels), "report": (test_images, test_labels)}
