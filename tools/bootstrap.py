@@ -1,7 +1,7 @@
 """Set up .venv in this checkout, once, and start the demo or the tests in it.
 
-Standard library only. `uv` is used where it runs, `venv` and pip otherwise. A torch that the starting interpreter already
-has is reused. A stamp in .venv says what was installed; while it fits, a start costs a hash and an exec.
+Standard library only. `uv` is used where it runs, `venv` and pip otherwise. A torch that the starting interpreter
+already has is reused. A stamp in .venv says what was installed; while it fits, a start costs a hash and an exec.
 
     tools/bootstrap.py try [ARGUMENTS OF eke compress]
     tools/bootstrap.py check [ARGUMENTS OF pytest]
@@ -100,6 +100,11 @@ def fits(found: dict[str, str] | None) -> bool:
     return tuple(int("".join(c for c in n if c.isdigit()) or 0) for n in numbers) >= OLDEST_TORCH
 
 
+def describe(found: dict[str, str]) -> str:
+    """Name a found torch by version and place."""
+    return f"torch {found['torch']} and torchvision {found['torchvision']} from {Path(found['place']).parent}"
+
+
 def run(command: list[str], *, advice: str) -> None:
     """Run a command of the set-up, or stop with what can be done."""
     if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
@@ -109,14 +114,11 @@ def run(command: list[str], *, advice: str) -> None:
 def announce(reused: dict[str, str] | None) -> None:
     """Say what will be downloaded before it is."""
     if reused:
-        say(
-            f"Reusing torch {reused['torch']} and torchvision {reused['torchvision']} from {Path(reused['place']).parent}."
-        )
+        say(f"Reusing {describe(reused)}.")
         say("To download: the other packages, about 150 MB (500 MB on disk).")
         return
-    say(
-        f"No torch >= {'.'.join(map(str, OLDEST_TORCH))} with torchvision in {sys.executable}; what no cache holds is downloaded."
-    )
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    say(f"{sys.executable} has no torch >= {oldest} with torchvision; what no cache holds is downloaded.")
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         say("To download: about 3 GB (5 GB on disk), nearly all of it torch with its CUDA libraries;")
         say("about 0.4 GB where your package index offers torch's CPU build instead.")
@@ -142,9 +144,8 @@ def create(uv: str | None, *, system_packages: bool) -> None:
 
 def install(uv: str | None) -> None:
     """Install the checkout, editable, with its development tools."""
-    advice = (
-        f"Check the network and {shutil.disk_usage(ROOT).free / 1e9:.0f} GB of free disk, then start again: it goes on."
-    )
+    free = shutil.disk_usage(ROOT).free / 1e9
+    advice = f"Check the network and the disk ({free:.0f} GB free), then start again: it goes on."
     what = ["-c", "constraints.txt", "-e", ".[dev,vision]"]
     if uv:
         run([uv, "pip", "install", "--python", str(PYTHON), *what], advice=advice)
@@ -164,20 +165,19 @@ def set_up() -> None:
         announce(reused)
         create(uv, system_packages=reused is not None)
     else:
-        say(
-            "Updating it: the requirements changed, or it was not made by this script. Missing packages are downloaded."
-        )
-        write_stamp(INSTALLING)
+        say("Updating it: the requirements changed, or somebody else made it. Missing packages are downloaded.")
+        if STAMP.exists():
+            write_stamp(INSTALLING)
         if not uv and output([str(PYTHON), "-m", "pip", "--version"]) is None:
             run([str(PYTHON), "-m", "ensurepip"], advice="Delete .venv and start again.")
     install(uv)
     found = find_torch(str(PYTHON))
-    if not fits(found) or found is None:
+    if found is None or not fits(found):
         sys.exit(
-            f"Set-up stopped: .venv cannot import a fitting torch with torchvision (found {found}). Delete .venv and start again."
+            f"Set-up stopped: .venv has no fitting torch with torchvision ({found}). Delete .venv and start again."
         )
     write_stamp(fingerprint())
-    say(f"torch {found['torch']}, torchvision {found['torchvision']} from {Path(found['place']).parent}.")
+    say(f"Installed {describe(found)}.")
     say(f"Set-up took {time.monotonic() - start:.0f} s.\n")
 
 
@@ -199,7 +199,7 @@ def set_up_alone() -> None:
 def demo(arguments: list[str]) -> int:
     """Run the demo; a verified run that missed its budget is a finished run."""
     output_folder = [] if any(a == "--out" or a.startswith("--out=") for a in arguments) else ["--out", "eke-demo"]
-    command = [str(PYTHON), "-m", "eke", "compress", "--task", "demo", *output_folder, *arguments]
+    command = [str(VENV / "bin" / "eke"), "compress", "--task", "demo", *output_folder, *arguments]
     code = subprocess.run(command).returncode
     if code == 3:
         say("The run finished and was verified; its budget was not met (see the verdict above).")
