@@ -71,7 +71,7 @@ def must_be_rebuilt() -> bool:
 
     A .venv that somebody made by hand (no stamp, working interpreter) is kept and installed into.
     """
-    if not PYTHON.exists():
+    if not PYTHON.exists() or not (VENV / "pyvenv.cfg").exists():
         return True
     stamp = read_stamp()
     return bool(stamp) and (stamp.get("state") == INSTALLING or stamp.get("root") != str(ROOT))
