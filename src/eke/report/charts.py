@@ -1,0 +1,201 @@
+"""The two planes: quality against cost, and measured against predicted loss.
+
+Shape tells the kind of a point, fill tells its source (solid: measured, hollow: predicted), so nothing rests on colour.
+The trade-off chart is drawn once for every cost that is known; the page shows one at a time. Its axes are an image, its
+points a list box: one tab stop, arrow keys move along the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from . import wording
+from .axes import Scale, fit, grid, label, line, svg
+from .document import Calibrated, FrontPoint
+from .markup import Markup, h
+from .strips import picture
+
+COSTS = (
+    ("latency", "milliseconds", wording.duration),
+    ("size", "bytes", wording.size),
+    ("FLOPs", "flops", wording.flops),
+)
+"""What the trade-off chart can be drawn over: name, field, how it is written."""
+
+WIDTH, HEIGHT = 760, 440
+SHAPES = {
+    "original": "M-6.5-6.5h13v13h-13z",
+    "plan": "M0-5.5A5.5 5.5 0 1 1 0 5.5A5.5 5.5 0 1 1 0-5.5z",
+    "candidate": "M0-3.5A3.5 3.5 0 1 1 0 3.5A3.5 3.5 0 1 1 0-3.5z",
+    "control": "M0-8L8 0L0 8L-8 0z",
+    "chosen": "M0-9.5L2.6-3.6L9-2.9L4.2 1.4L5.6 7.7L0 4.4L-5.6 7.7L-4.2 1.4L-9-2.9L-2.6-3.6z",
+}
+CALIBRATION_SHAPES = (
+    SHAPES["plan"],
+    "M-5-5h10v10h-10z",
+    "M0-6.5L6.2 4.6H-6.2z",
+    "M0-7L7 0L0 7L-7 0z",
+    "M-5-5L5 5M5-5L-5 5",
+)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A point of the trade-off chart with its number on the page, its place and what it says."""
+
+    index: int
+    point: FrontPoint
+    x: float
+    y: float
+    said: str
+
+
+def known_costs(points: Sequence[FrontPoint]) -> list[tuple[str, str]]:
+    """Return name and field of each cost that at least two scored points know."""
+    counted = [
+        (name, key, sum(getattr(p, key) is not None and p.score is not None for p in points)) for name, key, _ in COSTS
+    ]
+    return [(name, key) for name, key, known in counted if known >= 2]
+
+
+def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool) -> Markup:
+    """Draw quality over one cost.
+
+    Args:
+        points: The points; those without a score or this cost are left out.
+        cost: Field of `FrontPoint`, one of "milliseconds", "bytes", "flops".
+        as_percent: Whether scores are written as per cent.
+
+    Returns:
+        The drawing.
+    """
+    name, _, write_x = next(c for c in COSTS if c[1] == cost)
+    write_y = wording.percent if as_percent else lambda v: wording.number(v, 4)
+    used = [(i, p) for i, p in enumerate(points) if p.score is not None and getattr(p, cost) is not None]
+    x = fit([getattr(p, cost) for _, p in used], 92, WIDTH - 28)
+    heights = [v for _, p in used for v in (p.score, *(p.score_interval or ())) if v is not None]
+    y = fit(heights, HEIGHT - 62, 22, log=False)
+    placed = [_place(i, p, cost, (x, y), (write_x, write_y)) for i, p in used]
+    placed.sort(key=lambda p: p.x)
+    plain_y = (lambda v: wording.number(100 * v, 4) + "\u00a0%") if as_percent else wording.number
+    back: list[Markup | str] = [*grid(x, y, (write_x, plain_y))]
+    back += [label((x.start + x.end) / 2, HEIGHT - 12, name + (", logarithmic" if x.log else ""), "title")]
+    back += [_steps(placed), *_whiskers(placed, y)]
+    told = f"{len(placed)} models, quality upwards, {name} to the right; up and to the left is better."
+    attributes, title, description = picture(f"front-{cost}", f"Quality against {name}", told)
+    axes = h("g", {**attributes}, title, description, back, _labels(placed))
+    marks = [_option(p, cost, first=i == 0) for i, p in enumerate(placed)]
+    listed = h("g", {"role": "listbox", "aria-label": f"Models by {name}", "aria-orientation": "horizontal"}, marks)
+    return svg(WIDTH, HEIGHT, {"class": "chart front"}, axes, listed)
+
+
+def _place(index: int, point: FrontPoint, cost: str, scales: tuple[Scale, Scale], write: tuple) -> Placed:  # type: ignore[type-arg]
+    value, quality = getattr(point, cost), point.score or 0.0
+    said = f"{point.label}, {point.kind}, {point.source}: {write[1](quality)}, {write[0](value)}"
+    return Placed(index, point, scales[0].at(value), scales[1].at(quality), said)
+
+
+def _steps(placed: Sequence[Placed]) -> Markup | str:
+    """The best measured quality up to each cost, as a staircase."""
+    corners: list[tuple[float, float]] = []
+    for p in placed:
+        if p.point.source == "measured" and (not corners or p.y < corners[-1][1]):
+            corners.append((p.x, p.y))
+    if len(corners) < 2:
+        return ""
+    path = f"M{corners[0][0]:g} {corners[0][1]:g}" + "".join(f"H{b[0]:g}V{b[1]:g}" for _, b in pairwise(corners))
+    return h("path", {"d": path, "class": "frontier"})
+
+
+def _whiskers(placed: Sequence[Placed], y: Scale) -> list[Markup]:
+    return [
+        line(p.x, y.at(p.point.score_interval[0]), p.x, y.at(p.point.score_interval[1]), "whisker")
+        for p in placed
+        if p.point.score_interval is not None
+    ]
+
+
+def _labels(placed: Sequence[Placed]) -> list[Markup]:
+    """Names beside the points that matter; a name that would cover another one is left to the table."""
+    taken: list[tuple[float, float, float]] = []
+    out = []
+    order = {"chosen": 0, "original": 1, "control": 2}
+    for p in sorted((p for p in placed if p.point.kind in order), key=lambda p: order[p.point.kind]):
+        text = p.point.label if len(p.point.label) <= 34 else p.point.label[:32] + "\u2026"
+        right = p.x < WIDTH * 0.6
+        left_end = p.x + 14 if right else p.x - 14 - 7.0 * len(text)
+        spot = next(
+            (s for s in (p.y + 5, p.y - 13, p.y + 22) if _free(taken, left_end, left_end + 7.0 * len(text), s)), None
+        )
+        if spot is None:
+            continue
+        taken.append((left_end, left_end + 7.0 * len(text), spot))
+        css = f"name {p.point.kind}"
+        out.append(label(p.x + (14 if right else -14), round(spot, 1), text, css, "start" if right else "end"))
+    return out
+
+
+def _free(taken: Sequence[tuple[float, float, float]], start: float, end: float, y: float) -> bool:
+    return all(end < a or start > b or abs(y - at) > 15 for a, b, at in taken)
+
+
+def _option(p: Placed, cost: str, *, first: bool) -> Markup:
+    attributes = {
+        "role": "option",
+        "aria-selected": "false",
+        "aria-label": p.said,
+        "tabindex": 0 if first else -1,
+        "id": f"{cost}-{p.index}",
+        "data-p": p.index,
+        "class": f"{p.point.kind} {p.point.source}",
+        "transform": f"translate({p.x:g} {p.y:g})",
+    }
+    return h("g", attributes, h("circle", {"r": 13, "class": "halo"}), h("path", {"d": SHAPES[p.point.kind]}))
+
+
+def key(kind: str, source: str = "measured") -> Markup:
+    """Return the mark of a kind of point, for the legend and the table."""
+    mark = h("path", {"d": SHAPES[kind], "class": f"{kind} {source}", "transform": "translate(11 11)"})
+    return svg(22, 22, {"class": "key", "aria-hidden": "true"}, mark)
+
+
+def calibration_chart(pairs: Sequence[Calibrated]) -> Markup | None:
+    """Draw measured over predicted loss increases, both logarithmic, with the lines of equality and of a factor of two.
+
+    Args:
+        pairs: The pairs; only those with both numbers positive have a place here.
+
+    Returns:
+        The drawing, or None when fewer than two pairs have a place.
+    """
+    used = [p for p in pairs if p.predicted > 0 and p.measured > 0]
+    if len(used) < 2:
+        return None
+    values = [v for p in used for v in (p.predicted, p.measured)]
+    x, y = fit(values, 92, 552, log=True), fit(values, 500, 40, log=True)
+    told = f"{len(used)} changes; on the diagonal the prediction was right, between the dashed lines within a factor of two."
+    attributes, title, description = picture("calibration", "Measured against predicted loss increase", told)
+    parts: list[Markup] = [title, description, *grid(x, y, (wording.number, wording.number), 4)]
+    parts += [_diagonal(x, y, factor) for factor in (1.0, 2.0, 0.5)]
+    parts += [label(322, 545, "predicted loss increase (estimated)", "title")]
+    parts += [label(92, 24, "measured loss increase", "title", "start")]
+    kinds = list(dict.fromkeys(p.kind for p in pairs))
+    for p in used:
+        shape = {
+            "d": calibration_shape(kinds.index(p.kind)),
+            "transform": f"translate({x.at(p.predicted):g} {y.at(p.measured):g})",
+        }
+        parts.append(h("path", {**shape, "class": "pair"}))
+    return svg(600, 556, {**attributes, "class": "chart calibration"}, *parts)
+
+
+def calibration_shape(index: int) -> str:
+    """Return the path of the mark for the kind number `index`."""
+    return CALIBRATION_SHAPES[index % len(CALIBRATION_SHAPES)]
+
+
+def _diagonal(x: Scale, y: Scale, factor: float) -> Markup:
+    low, high = max(x.low, y.low / factor), min(x.high, y.high / factor)
+    return line(x.at(low), y.at(low * factor), x.at(high), y.at(high * factor), "axis" if factor == 1.0 else "twice")
