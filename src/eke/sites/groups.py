@@ -1,0 +1,169 @@
+"""Coupled channel groups of a model, every one of them proved.
+
+Torch-Pruning proposes (`dependencies`), a masked-against-cut comparison in float64 decides (`proof`). First each group
+alone, then all at once on inputs of the example's full shape; if the joint cut fails, groups are added one by one and
+the offenders are left out. One warning names what was left out and why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._errors import suggest
+from .channels import ChannelGroup
+from .dependencies import Candidate, candidates
+from .proof import Bench, Choice, Inputs, call, cuda_devices, double_copy, prepare, random_keep
+from .site import unwrap
+
+_SEED = 20240229
+_SHOWN = 12
+
+Failure = tuple[str, tuple[str, ...], str]
+
+
+def channel_groups(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[object] | Mapping[str, object],
+    *,
+    ignore: Iterable[str] = (),
+) -> list[ChannelGroup]:
+    """Find the sets of channels that can be cut together, and prove each.
+
+    Args:
+        model: Any module; not changed (all work is on a float64 copy, in eval mode). Wrappers of `torch.compile` and
+            DDP are looked through.
+        example_inputs: What the model is called with: a tensor, a sequence of positional or a mapping of keyword
+            arguments. Only shapes matter, and for integer tensors the values that occur.
+        ignore: Names of modules that must stay as they are, with all that is inside them.
+
+    Returns:
+        Proved groups in module order; any subset of them may be cut, together.
+
+    Raises:
+        ValueError: if a name in `ignore` does not exist, the model cannot be copied or does not run on the inputs.
+    """  # noqa: DOC502
+    model = unwrap(model)
+    ignored = _checked_names(model, ignore)
+    inputs = _as_inputs(example_inputs)
+    double = double_copy(model)
+    full = prepare(double, inputs, seed=_SEED)
+    with torch.random.fork_rng(cuda_devices(double)):
+        torch.manual_seed(0)
+        proposed = candidates(double, lambda net: call(net, _with_gradients(full.inputs)), ignore=ignored)
+    for parameter in double.parameters():
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(_SEED)
+    proved, failures = _prove_each(full.smaller(inputs), proposed, generator)
+    if proved:
+        proved, late = prove_jointly(full, proved, generator)
+        failures += late
+    _warn(failures)
+    return proved
+
+
+def prove_jointly(
+    where: Bench, groups: Sequence[ChannelGroup], generator: torch.Generator
+) -> tuple[list[ChannelGroup], list[Failure]]:
+    """Cut all groups at once; where that fails, leave out the groups that break it.
+
+    Args:
+        where: The bench to prove on.
+        groups: Groups that were proved alone.
+        generator: Chooses the units to keep.
+
+    Returns:
+        The groups that can be cut together, and (name, modules, reason) of the others.
+    """
+    choices: list[Choice] = [(group, random_keep(group, generator)) for group in groups]
+    if not where.failure(choices):
+        return list(groups), []
+    accepted: list[Choice] = []
+    failures: list[Failure] = []
+    for choice in choices:
+        if reason := where.failure([*accepted, choice]):
+            failures.append((choice[0].name, choice[0].modules, f"together with the groups before it, {reason}"))
+        else:
+            accepted.append(choice)
+    return [group for group, _ in accepted], failures
+
+
+def _prove_each(
+    where: Bench, proposed: Sequence[Candidate], generator: torch.Generator
+) -> tuple[list[ChannelGroup], list[Failure]]:
+    proved: list[ChannelGroup] = []
+    failures: list[Failure] = []
+    for candidate in proposed:
+        if candidate.silent:
+            continue
+        if candidate.reason:
+            failures.append((candidate.root, candidate.modules, candidate.reason))
+            continue
+        cuttable = [group for group in candidate.groups if group.size > 1]
+        reasons = {group.name: where.failure([(group, random_keep(group, generator))]) for group in cuttable}
+        paired = candidate.paired
+        if any(reasons.values()) and paired is not None and paired.size > 1:
+            reason = where.failure([(paired, random_keep(paired, generator))])
+            if not reason:
+                proved.append(paired)
+                continue
+        for group in cuttable:
+            if reasons[group.name]:
+                failures.append((group.name, group.modules, reasons[group.name]))
+            else:
+                proved.append(group)
+    return proved, failures
+
+
+def _warn(failures: Sequence[Failure]) -> None:
+    if not failures:
+        return
+    lines = []
+    for name, modules, reason in failures[:_SHOWN]:
+        others = [module for module in modules if module != name]
+        named = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
+        lines.append(f"  {name}{f' (with {named})' if others else ''}: {reason}")
+    if len(failures) > _SHOWN:
+        lines.append(f"  and {len(failures) - _SHOWN} more: {', '.join(name for name, _, _ in failures[_SHOWN:])}")
+    warnings.warn(
+        f"The channels of {len(failures)} layers stay whole, because no cut of them could be proved:\n"
+        + "\n".join(lines),
+        stacklevel=3,
+    )
+
+
+def _as_inputs(example_inputs: Tensor | Sequence[object] | Mapping[str, object]) -> Inputs:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a sequence of positional arguments or a mapping of keyword arguments, "
+        f"got {type(example_inputs).__name__}."
+    )
+
+
+def _with_gradients(inputs: Inputs) -> Inputs:
+    """Return inputs with a history, so that operations on them before the first layer are traced as well."""
+
+    def track(leaf: object) -> object:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.clone().requires_grad_() * 1
+        return leaf
+
+    tracked: Inputs = pytree.tree_map(track, inputs)
+    return tracked
+
+
+def _checked_names(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    allowed = {name for name, _ in model.named_modules() if name}
+    for name in (chosen := tuple(names)):
+        if name not in allowed:
+            raise ValueError(f"There is no module {name!r} to ignore in this model.{suggest(name, allowed)}")
+    return chosen
