@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "eke-setup.json"
 PYTHON = VENV / "bin" / "python"
+REUSED = VENV / "eke-reused.txt"
 INSTALLING = "installing"
 OLDEST_TORCH = (2, 13)
 PROBE = """
@@ -139,16 +140,22 @@ def create(uv: str | None, *, system_packages: bool) -> None:
     else:
         advice = "On Debian and Ubuntu: apt-get install python3-venv. Or install uv."
         run([base, "-m", "venv", *site, str(VENV)], advice=advice)
+    if system_packages:
+        REUSED.write_text('torch ; python_version < "0"\ntorchvision ; python_version < "0"\n')
     write_stamp(INSTALLING)
 
 
 def install(uv: str | None) -> None:
-    """Install the checkout, editable, with its development tools."""
+    """Install the checkout, editable, with its development tools.
+
+    pip sees the packages of the interpreter below, uv does not: an override tells it not to install a reused torch.
+    """
     free = shutil.disk_usage(ROOT).free / 1e9
     advice = f"Check the network and the disk ({free:.0f} GB free), then start again: it goes on."
     what = ["-c", "constraints.txt", "-e", ".[dev,vision]"]
     if uv:
-        run([uv, "pip", "install", "--python", str(PYTHON), *what], advice=advice)
+        override = ["--override", str(REUSED)] if REUSED.exists() else []
+        run([uv, "pip", "install", "--python", str(PYTHON), *override, *what], advice=advice)
     else:
         run([str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *what], advice=advice)
 
