@@ -1,0 +1,9 @@
+"""Kronecker-factored curvature of a loss at the sites of a model."""
+
+from __future__ import annotations
+
+from .curvature import Curvature
+from .factors import Basis, Factors
+from .sampled import sampled_loss
+
+__all__ = ["Basis", "Curvature", "Factors", "sampled_loss"]

@@ -1,0 +1,218 @@
+"""The curvature of a model's loss at its sites, estimated once and asked by every method.
+
+Four verbs: `quadratic` (predicted loss of a change of a matrix), `diagonal`, `precondition`, `factors`; and
+`output_quadratic` for changes of an output that are no change of a matrix (a removed block, a replaced attention,
+rounded activations): 1/2 E[dy^T G dy].
+
+Gradients are those of the given loss: with labels this is the empirical Fisher; with `sampled_loss` the labels are
+drawn from the model, which makes it the Fisher (for softmax and cross entropy equal to the Gauss-Newton matrix).
+Cost: one forward and one backward pass without weight gradients, plus rows * n^2 a site. Memory: one batch's
+activations, n^2 + m^2 totals a site, and 64 MB of patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._errors import suggest
+from .._types import Batch, Loss
+from ..sites import Site
+from .factors import Basis, Factors, output_quadratic
+from .recorder import Recorder
+from .totals import BoundaryTotals, SiteTotals
+
+_TENSORS = ("a", "g", "mean")
+_FORMAT = "eke curvature 1"
+
+
+class Curvature:
+    """Kronecker factors by site name, and second moments of the gradients at the outputs of named modules.
+
+    Args:
+        factors: By site name.
+        outputs: By module name (G (m, m), channel dimension).
+    """
+
+    def __init__(self, factors: Mapping[str, Factors], outputs: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
+        self._factors = dict(factors)
+        self._outputs = dict(outputs or {})
+        self._bases: dict[str, Basis] = {}
+
+    @classmethod
+    def estimate(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        batches: Iterable[Batch],
+        *,
+        sites: Sequence[Site],
+        outputs: Mapping[str, int] | None = None,
+        max_samples: int | None = None,
+        max_locations: int | None = None,
+    ) -> Curvature:
+        """Estimate factors on a private copy of the model in eval mode; the model itself is not touched.
+
+        Args:
+            model: The model.
+            loss: `loss(model, batch)`: mean loss over the samples of a batch. The number of samples is the first
+                dimension of the first tensor that the model is called with.
+            batches: Calibration batches, read once.
+            sites: Matrix sites, all `hookable`.
+            outputs: Module name to channel dimension, for outputs whose changes `output_quadratic` shall price.
+            max_samples: Stop after the batch that reaches this number.
+            max_locations: Locations of a convolution's output used for A a sample (a shifting lattice); None for all.
+
+        Returns:
+            The curvature. A site that the loss does not use is left out with a warning.
+
+        Raises:
+            ValueError: if there are no batches, a site is not hookable, or data or loss are not finite.
+        """
+        refused = [site.name for site in sites if not site.hookable]
+        if refused:
+            raise ValueError(f"Curvature needs sites whose module can be hooked (`site.hookable`), got {refused}.")
+        private = copy.deepcopy(model).eval().requires_grad_(False)
+        totals = [SiteTotals(site, max_locations) for site in sites]
+        borders = [BoundaryTotals(name, dim) for name, dim in (outputs or {}).items()]
+        seen, index = 0, -1
+        with (
+            Recorder(
+                private, [*(site.module_name for site in sites), *(border.name for border in borders)]
+            ) as recorder,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            for index, batch in enumerate(batches):
+                calls, samples = recorder.run(loss, batch, index)
+                for total in totals:
+                    total.add(calls.get(total.site.module_name, []), samples, index)
+                for border in borders:
+                    border.add(calls.get(border.name, []), samples, index)
+                seen += samples
+                if max_samples is not None and seen >= max_samples:
+                    break
+        if index < 0:
+            raise ValueError(
+                "Curvature.estimate got 0 batches; an iterator that was read before is empty: pass a list or a loader."
+            )
+        factors = {total.site.name: total.factors() for total in totals}
+        moments = {border.name: (border.moment(), border.channel_dim) for border in borders}
+        unused = [name for name, value in factors.items() if value is None]
+        unused += [name for name, (moment, _) in moments.items() if moment is None]
+        if unused:
+            warnings.warn(f"The loss does not use {unused}: no curvature there.", stacklevel=2)
+        return cls(
+            {name: value for name, value in factors.items() if value is not None},
+            {name: (moment, dim) for name, (moment, dim) in moments.items() if moment is not None},
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self._factors)
+
+    def factors(self, name: str) -> Factors:
+        """Return the factors of a site.
+
+        Raises:
+            KeyError: if the site was not estimated.
+        """
+        if name not in self._factors:
+            raise KeyError(f"No curvature was estimated for the site {name!r}." + suggest(name, self._factors))
+        return self._factors[name]
+
+    def quadratic(self, name: str, delta: Tensor) -> float:
+        """Return the predicted loss increase 1/2 tr(D^T G D A) of a change D (m, n) of a site's matrix."""
+        return self.factors(name).quadratic(delta)
+
+    def diagonal(self, name: str) -> Tensor:
+        """Return the curvature (m, n) of each entry of a site's matrix on its own."""
+        return self.factors(name).diagonal
+
+    def precondition(self, name: str, gradient: Tensor, damping: float) -> Tensor:
+        """Return (G x A + damping I)^-1 applied to a gradient (m, n); the eigenbasis is kept for the next call.
+
+        Args:
+            name: Site.
+            gradient: (m, n).
+            damping: Positive, in units of the curvature.
+
+        Returns:
+            (m, n) in the dtype of the gradient.
+        """
+        if name not in self._bases:
+            self._bases[name] = self.factors(name).eigenbasis()
+        return self._bases[name].solve(gradient, damping)
+
+    def output(self, name: str) -> Tensor:
+        """Return G (m, m) at the output of a site, or of a module named in `outputs` when this was estimated."""
+        return self._outputs[name][0] if name in self._outputs else self.factors(name).output
+
+    def output_quadratic(self, name: str, change: Tensor) -> float:
+        """Return the predicted loss increase 1/2 E[sum over locations of dy^T G dy] of a change of an output.
+
+        Args:
+            name: Site, or module named in `outputs` when this was estimated.
+            change: dy in the shape of the output, samples first.
+
+        Returns:
+            The prediction in units of the loss; products across locations count as uncorrelated.
+        """
+        if name in self._outputs:
+            moment, dim = self._outputs[name]
+            return output_quadratic(moment, change, dim)
+        factors = self.factors(name)
+        return output_quadratic(factors.output, change, factors.channel_dim)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, whole or not at all."""
+        tensors = {f"{name}/{key}": getattr(f, key) for name, f in self._factors.items() for key in _TENSORS}
+        tensors |= {f"{name}/output": moment for name, (moment, _) in self._outputs.items()}
+        keys = ("samples", "locations", "active", "channel_dim")
+        about = {
+            "sites": {name: {key: getattr(f, key) for key in keys} for name, f in self._factors.items()},
+            "outputs": {name: dim for name, (_, dim) in self._outputs.items()},
+        }
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        try:
+            save_file(contiguous, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Curvature:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The curvature, on the CPU.
+
+        Raises:
+            ValueError: if the file is something else.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
+            about = json.loads(metadata["about"])
+            factors = {
+                name: Factors(**{key: file.get_tensor(f"{name}/{key}") for key in _TENSORS}, **numbers)
+                for name, numbers in about["sites"].items()
+            }
+            outputs = {name: (file.get_tensor(f"{name}/output"), dim) for name, dim in about["outputs"].items()}
+        return cls(factors, outputs)

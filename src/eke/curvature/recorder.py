@@ -1,0 +1,129 @@
+"""Inputs, outputs and output gradients of modules, from one forward and backward pass of a private copy of a model.
+
+The copy's parameters need no gradient: recorded outputs are the variables of differentiation, so the backward pass
+computes gradients at sites and no weight gradient. Every recorded output is handed on as a clone, because an operation
+in place after it would otherwise change what is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._types import Batch, Loss
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its first tensor input and the gradient of the mean loss at its output."""
+
+    x: Tensor
+    gradient: Tensor
+
+
+class Recorder:
+    """Record the calls of named modules while the context is open.
+
+    Args:
+        model: A copy that may carry hooks.
+        names: Modules to record.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._model = model
+        self._names = tuple(dict.fromkeys(names))
+        self._calls: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+        self._samples: int | None = None
+        self._copied: set[str] = set()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        for name in self._names:
+            module = self._model.get_submodule(name)
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls = {}
+
+    def run(self, loss: Loss, batch: Batch, index: int) -> tuple[dict[str, list[Call]], int]:
+        """Run one batch forward and backward.
+
+        Args:
+            loss: Mean loss of a batch.
+            batch: The batch.
+            index: Its number, for messages.
+
+        Returns:
+            The calls by module name, and the number of samples.
+
+        Raises:
+            ValueError: if the loss is no finite scalar, or depends on no recorded module.
+        """
+        value = self._forward(loss, batch)
+        if self._overwritten():
+            value = self._forward(loss, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"loss(model, batch) must return one number as a tensor, got {_describe(value)}.")
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                f"The loss of batch {index} is {float(value.detach())}; check that batch and the model's outputs."
+            )
+        places = [(name, x, output) for name, calls in self._calls.items() for x, _, output in calls]
+        if not value.requires_grad or not places:
+            raise ValueError(
+                f"The loss of batch {index} does not depend on the output of any of {list(self._names)} in a "
+                "differentiable way; call the model inside loss, without no_grad or detach."
+            )
+        gradients = torch.autograd.grad(value, [output for _, _, output in places], allow_unused=True)
+        found: dict[str, list[Call]] = {}
+        for (name, x, output), gradient in zip(places, gradients):
+            found.setdefault(name, []).append(Call(x, torch.zeros_like(output) if gradient is None else gradient))
+        samples = self._samples if self._samples is not None else next(iter(places))[1].shape[0]
+        self._calls = {}
+        return found, samples
+
+    def _forward(self, loss: Loss, batch: Batch) -> Tensor:
+        self._calls, self._samples = {}, None
+        return loss(self._model, batch)
+
+    def _overwritten(self) -> bool:
+        """Return whether an input was changed in place after its module read it; such are copied from now on."""
+        stale = {name for name, calls in self._calls.items() if any(x._version != seen for x, seen, _ in calls)}
+        self._copied |= stale
+        return bool(stale)
+
+    def _count(self, _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
+        if tensors and self._samples is None:
+            self._samples = tensors[0].shape[0]
+
+    def _hook(self, name: str) -> Callable[..., Tensor]:
+        def record(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise TypeError(f"Module {name!r} returns {_describe(output)}; curvature is taken at single tensors.")
+            inputs = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
+            x = inputs[0].detach() if inputs else output.detach()
+            if name in self._copied:
+                x = x.clone()
+            if not output.requires_grad:
+                output.requires_grad_()
+            self._calls.setdefault(name, []).append((x, x._version, output))
+            return output.clone()
+
+        return record
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,159 @@
+"""Running totals of a site's second moments over batches: float32 products, float64 sums."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..sites import Site
+from .factors import Factors
+from .recorder import Call
+from .rows import input_columns, lattice
+
+_CHUNK = 1 << 24
+"""Entries of patches held at once: 64 MB in float32."""
+
+
+@dataclass
+class SiteTotals:
+    """Sums behind the factors of one site.
+
+    Args:
+        site: The site.
+        max_locations: Locations of a convolution used for A a sample; None for all.
+    """
+
+    site: Site
+    max_locations: int | None
+
+    def __post_init__(self) -> None:
+        groups, (rows, n) = self.site.groups, self.site.shape
+        self._aa = torch.zeros(groups, n, n, dtype=torch.float64)
+        self._gg = torch.zeros(groups, rows // groups, rows // groups, dtype=torch.float64)
+        self._a = torch.zeros(groups, n, dtype=torch.float64)
+        self._samples = 0
+        self._rows = 0
+        self._active = 0.0
+        self._dtype = torch.float32
+
+    def add(self, calls: list[Call], samples: int, batch: int) -> None:
+        """Add the calls of one batch of so many samples; data that are not finite raise ValueError."""
+        self._samples += samples
+        for call in calls:
+            x, gradient = _computable(call.x), _computable(call.gradient)
+            self._dtype = x.dtype
+            self._to(x.device)
+            gradients = self.site.output_to_rows(gradient) * samples  # (samples, locations, m)
+            active = (gradients != 0).any(-1)
+            _finite(self.site.name, "output gradients", gradients, batch)
+            split = (*gradients.shape[:2], self.site.groups, -1)
+            columns = gradients.reshape(split).permute(2, 3, 0, 1).flatten(2)
+            self._gg += columns @ columns.mT
+            self._rows += active.numel()
+            self._active += float(active.sum())
+            self._add_inputs(x, active, call.gradient, batch)
+
+    def _add_inputs(self, x: Tensor, active: Tensor, gradient: Tensor, batch: int) -> None:
+        _finite(self.site.name, "inputs", x, batch)
+        chosen, kept = None, active
+        geometry = self.site.geometry
+        if geometry is not None and not geometry.transposed:
+            chosen = lattice(tuple(gradient.shape[-len(geometry.kernel) :]), self.max_locations, batch)
+            x = x if x.dim() == len(geometry.kernel) + 2 else x[None]
+            kept = chosen.of(active)
+        used = float(kept.sum())
+        if not used:
+            return
+        scale = float(active.sum()) / used
+        samples = active.shape[0]
+        step = max(1, _CHUNK // max(1, kept.shape[1] * self.site.groups * self.site.shape[1]))
+        for start in range(0, samples, step) if chosen is not None else (0,):
+            part = slice(start, start + step) if chosen is not None else slice(None)
+            columns = input_columns(self.site, x[part], chosen)
+            weight = kept[part].reshape(-1)
+            if not bool(weight.all()):
+                columns = columns * weight
+            self._aa.add_(columns @ columns.mT, alpha=scale)
+            self._a.add_(columns.sum(-1, dtype=torch.float64), alpha=scale)
+
+    def factors(self) -> Factors | None:
+        """Return the factors, or None if the site was never used by the loss."""
+        if not self._active:
+            return None
+        locations = self._active / self._samples
+        n = self.site.shape[1]
+        if self._active < n:
+            warnings.warn(
+                f"Site {self.site.name!r} has {n} inputs but only {self._active:.0f} rows were seen; its curvature is "
+                f"rank-deficient: use at least {math.ceil(n / locations)} samples (2 to 4 times that is better).",
+                stacklevel=3,
+            )
+        geometry = self.site.geometry
+        return Factors(
+            a=_symmetric(self._aa / self._samples).to(self._dtype),
+            g=_symmetric(self._gg / self._active).to(self._dtype),
+            mean=(self._a / self._active).to(self._dtype),
+            samples=self._samples,
+            locations=locations,
+            active=self._active / self._rows,
+            channel_dim=-1 if geometry is None else -1 - len(geometry.kernel),
+        )
+
+    def _to(self, device: torch.device) -> None:
+        if self._aa.device != device:
+            self._aa, self._gg, self._a = self._aa.to(device), self._gg.to(device), self._a.to(device)
+
+
+@dataclass
+class BoundaryTotals:
+    """Sum of g g^T at the output of a named module.
+
+    Args:
+        name: Name of the module.
+        channel_dim: Dimension of its channels.
+    """
+
+    name: str
+    channel_dim: int
+
+    def __post_init__(self) -> None:
+        self._gg: Tensor | None = None
+        self._rows = 0
+
+    def add(self, calls: list[Call], samples: int, batch: int) -> None:
+        """Add the calls of one batch of so many samples; gradients that are not finite raise ValueError."""
+        for call in calls:
+            gradient = _computable(call.gradient).movedim(self.channel_dim, -1) * samples
+            _finite(self.name, "output gradients", gradient, batch)
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            moment = (rows.mT @ rows).double()
+            self._gg = moment if self._gg is None else self._gg + moment
+            self._rows += rows.shape[0]
+
+    def moment(self) -> Tensor | None:
+        """Return the mean of g g^T over samples and locations, None if the module never ran."""
+        return None if self._gg is None else _symmetric(self._gg / self._rows)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _finite(name: str, what: str, tensor: Tensor, batch: int) -> None:
+    # The sum of a finite tensor may overflow, so it only decides whether to count.
+    if not math.isfinite(float(tensor.sum())):
+        count = int((~torch.isfinite(tensor)).sum())
+        if count:
+            raise ValueError(
+                f"{what.capitalize()} of {name!r} hold {count} of {tensor.numel()} values that are not finite, first "
+                f"in batch {batch}; check that batch, or leave the site out with skip=."
+            )

@@ -1,0 +1,59 @@
+"""Kronecker algebra against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eke.curvature import Factors
+
+
+def factors(groups: int = 2, rows: int = 3, n: int = 4) -> Factors:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(groups, n, 9, dtype=torch.float64, generator=generator)
+    g = torch.randn(groups, rows, 9, dtype=torch.float64, generator=generator)
+    return Factors(x @ x.mT / 3, g @ g.mT / 9, x.mean(-1), samples=3, locations=3.0, active=0.5, channel_dim=1)
+
+
+def dense(f: Factors) -> torch.Tensor:
+    """The curvature of vec(D), rows of D stacked."""
+    return torch.block_diag(*[torch.kron(g, a) for g, a in zip(f.g, f.a)])
+
+
+def test_quadratic_diagonal_and_solve_agree_with_the_dense_matrix():
+    f = factors()
+    delta = torch.randn(f.shape, dtype=torch.float64)
+    matrix = dense(f)
+    assert f.quadratic(delta) == pytest.approx(0.5 * float(delta.flatten() @ matrix @ delta.flatten()), rel=1e-12)
+    torch.testing.assert_close(f.diagonal.flatten(), matrix.diagonal())
+    damped = matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64)
+    exact = torch.linalg.solve(damped, delta.flatten())
+    torch.testing.assert_close(f.eigenbasis().solve(delta, 0.1).flatten(), exact, rtol=1e-9, atol=1e-9)
+
+
+def test_large_damping_turns_preconditioning_into_scaling():
+    f = factors()
+    gradient = torch.randn(f.shape, dtype=torch.float64)
+    torch.testing.assert_close(1e9 * f.eigenbasis().solve(gradient, 1e9), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_homogeneous_moment_is_that_of_inputs_with_a_one():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, 9, dtype=torch.float64, generator=generator)
+    ones = torch.cat([x, torch.ones(1, 1, 9, dtype=torch.float64)], 1)
+    f = Factors(x @ x.mT / 3, torch.eye(2)[None], x.mean(-1), samples=3, locations=3.0)
+    torch.testing.assert_close(f.homogeneous, ones @ ones.mT / 3)
+    torch.testing.assert_close(f.second_moment, x @ x.mT / 9)
+
+
+def test_output_is_the_block_diagonal_mean_over_all_locations():
+    f = factors()
+    torch.testing.assert_close(f.output, 0.5 * torch.block_diag(*f.g))
+
+
+def test_wrong_shapes_and_damping_are_named():
+    f = factors()
+    with pytest.raises(ValueError, match=r"matrix is \(6, 4\), got a change or gradient of \(4, 6\)"):
+        f.quadratic(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"damping must be positive, got 0"):
+        f.eigenbasis().solve(torch.zeros(6, 4), 0.0)
