@@ -119,7 +119,7 @@ def announce(reused: dict[str, str] | None) -> None:
         say("To download: the other packages, about 150 MB (500 MB on disk).")
         return
     oldest = ".".join(map(str, OLDEST_TORCH))
-    say(f"{sys.executable} has no torch >= {oldest} with torchvision; what no cache holds is downloaded.")
+    say(f"No torch >= {oldest} with torchvision to reuse in {sys.executable}. Downloaded is what no cache holds.")
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         say("To download: about 3 GB (5 GB on disk), nearly all of it torch with its CUDA libraries;")
         say("about 0.4 GB where your package index offers torch's CPU build instead.")
@@ -171,6 +171,10 @@ def set_up() -> None:
         reused = reused if fits(reused) else None
         announce(reused)
         create(uv, system_packages=reused is not None)
+        if reused and not fits(find_torch(str(PYTHON))):
+            say("That torch cannot be seen from a virtual environment.")
+            announce(None)
+            create(uv, system_packages=False)
     else:
         say("Updating it: the requirements changed, or somebody else made it. Missing packages are downloaded.")
         if STAMP.exists():
