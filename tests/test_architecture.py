@@ -335,6 +335,14 @@ def test_dev_extra_and_dev_group_are_the_same():
     assert project["dependency-groups"]["dev"] == project["project"]["optional-dependencies"]["dev"]
 
 
+def test_every_data_file_is_packaged():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["eke"]
+    skipped = {".py", ".pyc", ".c", ".cpp", ".h", ".so"}
+    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in skipped]
+    packaged = {p for pattern in patterns for p in PACKAGE.glob(pattern)}
+    assert [str(p.relative_to(ROOT)) for p in files if p not in packaged] == []
+
+
 def test_floors_declare_every_room():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     declared = set(re.findall(r"[a-z_]+", " ".join(contract["layers"])))
