@@ -73,7 +73,7 @@ def environment() -> Environment:
 
 
 def _cpu_information() -> dict[str, str]:
-    """First processor of Linux's list; empty elsewhere."""
+    """Return what Linux lists about the first processor; nothing elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

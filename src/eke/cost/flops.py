@@ -111,10 +111,10 @@ def _stored(tensor: Tensor) -> int:
 
 
 def _product(a: Tensor, b: Tensor) -> int:
-    """a @ b, batched or not; a stored entry of a sparse factor meets one row or column of the other."""
+    """Return the FLOPs of a @ b, batched or not; a stored entry of a sparse factor meets one row or column."""
     columns = b.shape[-1] if b.ndim > 1 else 1
     if _is_sparse(a) and _is_sparse(b):
-        left, right = a.to_sparse_coo(), b.to_sparse_coo()
+        left, right = a.to_sparse(), b.to_sparse()
         inner = a.shape[-1]
         uses = torch.bincount(left._indices()[1], minlength=inner) * torch.bincount(
             right._indices()[0], minlength=inner
@@ -144,40 +144,40 @@ def _outer_update(_addend: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> 
 
 
 def _entries_times_inner(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
-    """Each entry of the result is one inner product over the last dimension of x."""
+    """Return the FLOPs where each entry of the result is one inner product over the last dimension of x."""
     return 2 * out_val.numel() * x.shape[-1]
 
 
 def _trilinear(*args: Any, out_val: Tensor, **_: Any) -> int:
-    """x1 W x2 for each output: the product with W, then one inner product (as einsum would do it)."""
+    """Return the FLOPs of x1 W x2 for each output: W x2, then one inner product, as einsum would do it."""
     x1, weight, x2 = args[:3]
     return 2 * out_val.numel() * (weight.shape[-2] + 1) * x2.shape[-1] if x1.numel() else 0
 
 
 def _packed_weight(x: Tensor, packed: Any, *_: Any, out_val: Tensor, **__: Any) -> int:
-    """Quantised linear and convolution: the packed weight gives the length of each output's inner product."""
+    """Return the FLOPs of a quantised layer; its packed weight tells the length of each output's inner product."""
     weight = packed.unpack()[0]
     return 2 * out_val.numel() * (weight.numel() // weight.shape[0]) if x.numel() else 0
 
 
 def _one_recurrent_layer(x: Tensor, *args: Any, **_: Any) -> int:
-    """Input and recurrent matrix once for each step and sample; x: (steps, batch, features)."""
+    """Return the FLOPs of the input and the recurrent matrix, once for each step and sample; x: (steps, batch, features)."""
     rows = x.numel() // max(1, x.shape[-1])
-    return 2 * rows * (args[0].numel() + args[1].numel())
+    return 2 * rows * int(args[0].numel() + args[1].numel())
 
 
 def _fused_recurrent(x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -> int:
-    """All layers and directions at once (cuDNN, MIOpen); biases are the vectors among the weights."""
+    """Return the FLOPs of all layers and directions at once (cuDNN, MIOpen); biases are the vectors among the weights."""
     rows = x.numel() // max(1, x.shape[-1])
     return 2 * rows * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
 
 def _fused_attention(*args: Any, **_: Any) -> int:
-    """Packed input projection, scores, weighted sum and output projection; q: (batch, steps, width)."""
+    """Return the FLOPs of packed input projection, scores, weighted sum and output projection; x: (batch, steps, width)."""
     query, key, _value, width, _heads, qkv_weight, _qkv_bias, out_weight = args[:8]
     batch, steps, keys = query.shape[0], query.shape[1], key.shape[1]
     inputs = batch * (steps + 2 * keys) * (qkv_weight.numel() // 3)
-    return 2 * (inputs + 2 * batch * steps * keys * width + batch * steps * out_weight.numel())
+    return int(2 * (inputs + 2 * batch * steps * keys * width + batch * steps * out_weight.numel()))
 
 
 def _fused_encoder_layer(*args: Any, **_: Any) -> int:
@@ -185,7 +185,7 @@ def _fused_encoder_layer(*args: Any, **_: Any) -> int:
     attention = _fused_attention(x, x, x, width, heads, qkv_weight, qkv_bias, out_weight)
     matrices = [tensor for tensor in args[6:] if isinstance(tensor, Tensor) and tensor.ndim == 2]
     feed_forward = matrices[:2]  # later ones are masks
-    return attention + 2 * prod(x.shape[:2]) * sum(weight.numel() for weight in feed_forward)
+    return attention + 2 * int(prod(x.shape[:2])) * sum(weight.numel() for weight in feed_forward)
 
 
 def _scaled_dot_product(*args: Any, out_val: Any, **_: Any) -> int:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 Observer = TypeVar("Observer", bound=AbstractContextManager[Any])
@@ -110,10 +110,14 @@ def _rehearse_with_data(
 def _copied(
     model: nn.Module, inputs: tuple[Any, ...], convert: Callable[[Tensor], Tensor]
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Copy in eval mode with each tensor converted once, so that tied tensors stay tied."""
+    """Return a copy in eval mode with each tensor converted once, so that tied tensors stay tied.
+
+    Raises:
+        RuntimeError: if an attribute cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for tensor in _attribute_tensors(model):
-        if id(tensor) not in memo and not isinstance(tensor, UninitializedTensorMixin):
+        if id(tensor) not in memo and not is_lazy(tensor):
             memo[id(tensor)] = convert(tensor)
     try:
         double = copy.deepcopy(model, memo)

@@ -8,7 +8,8 @@ order-statistic interval of the sign test. The second is exact for equal functio
 which of two neighbouring time slots is called A was a coin's choice, independent of the noise and of other rounds.
 
 Source: H. Kuensch, "The jackknife and the bootstrap for general stationary observations", 1989; D. Politis and
-J. Romano, "A circular block-resampling procedure for stationary data", 1992; R. Fisher, "The Design of Experiments", 1935.
+J. Romano, "A circular block-resampling procedure for stationary data", 1992; R. Fisher,
+"The Design of Experiments", 1935.
 
 Threads are pinned for the measurement and restored; the garbage collector is off while timing.
 Cost: the given seconds, warm-up included, unless one call is so slow that the fewest rounds take longer.
@@ -343,7 +344,7 @@ class _Schedule:
         return np.array(rounds).T, calls
 
     def _warm_up(self, functions: Sequence[Callable[[], object]]) -> list[float]:
-        """Call each in turn until a tenth of the budget is spent; return the shortest time of each."""
+        """Return the shortest time of each, called in turn until a tenth of the budget is spent."""
         start = self.clock()
         shortest = [math.inf] * len(functions)
         passes = 0
@@ -357,8 +358,8 @@ class _Schedule:
 
 
 def _timed(run: Callable[[], object], calls: int, clock: Clock) -> float:
-    """Nanoseconds of one call; work on a GPU is waited for."""
-    waits = torch.cuda.is_initialized()
+    """Return the nanoseconds of one call; work on a GPU is waited for."""
+    waits = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     begun = clock()
     for _ in range(calls):
         run()
@@ -368,7 +369,7 @@ def _timed(run: Callable[[], object], calls: int, clock: Clock) -> float:
 
 
 def _block_bootstrap(pairs: Floats, confidence: float, rng: np.random.Generator) -> tuple[float, float]:
-    """Interval of the median by resampling runs of n^(1/3) neighbours, the last followed by the first."""
+    """Return the interval of the median by resampling runs of n^(1/3) neighbours, the last followed by the first."""
     count = len(pairs)
     length = max(1, round(count ** (1 / 3)))
     starts = rng.integers(0, count, (_RESAMPLES, math.ceil(count / length), 1))
@@ -379,7 +380,7 @@ def _block_bootstrap(pairs: Floats, confidence: float, rng: np.random.Generator)
 
 
 def _sign_interval(pairs: Floats, confidence: float) -> tuple[float, float]:
-    """Order statistics x_(k), x_(n+1-k) with the largest k such that 2 P(Binomial(n, 1/2) < k) <= 1 - confidence."""
+    """Return x_(k), x_(n+1-k) with the largest k for which 2 P(Binomial(n, 1/2) < k) <= 1 - confidence."""
     count = len(pairs)
     allowed = Fraction((1 - confidence) / 2) * 2**count
     rank = 0

@@ -35,11 +35,11 @@ def peak_memory(model: nn.Module, *inputs: Any) -> int:
     return rehearse(model, inputs, _Watch).peak
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follow which storages are alive after each operation."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[StorageWeakRef, int] = {}
         self.peak = 0
         self.note(chain(model.parameters(), model.buffers(), tree_leaves(inputs)))
@@ -47,13 +47,16 @@ class _Watch(TorchDispatchMode):
     def note(self, values: Iterable[Any]) -> None:
         """Add the storages of new values and update the peak."""
         for storage in chain.from_iterable(_storages(value) for value in values if isinstance(value, Tensor)):
-            self.alive[StorageWeakRef(storage)] = storage.nbytes()
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self.alive[reference] = storage.nbytes()
         self.peak = max(self.peak, sum(self.alive.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         # What died since the last operation is gone by now; this operation's inputs are held by `args`.
-        self.alive = {reference: size for reference, size in self.alive.items() if not reference.expired()}
+        dead = [reference for reference in self.alive if reference.expired()]  # type: ignore[no-untyped-call]
+        for reference in dead:
+            del self.alive[reference]
         self.note(tree_leaves(results))
         return results
 

@@ -72,7 +72,7 @@ def module_times(
 
 
 def _innermost(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """Modules that ran without calling another; attention counts although it owns a projection it never calls."""
+    """Return the modules that ran without calling another; attention counts although it owns a projection it never calls."""
     names = {module: name for name, module in model.named_modules()}
     stack: list[nn.Module] = []
     ran: dict[str, nn.Module] = {}

@@ -117,6 +117,6 @@ def _identity(tensor: Tensor) -> object:
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
-    """A fresh dense copy, since safetensors refuses tensors that share memory."""
+    """Return a fresh dense copy, since safetensors refuses tensors that share memory."""
     kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(device="cpu", dtype=kind, copy=True).contiguous()
