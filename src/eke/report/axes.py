@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from . import wording
 from .markup import Markup, h
 
 LOG_FROM = 8.0
@@ -44,12 +45,14 @@ class Scale:
 
     def _log_ticks(self, wanted: int) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for multiples in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        found: list[float] = []
+        for multiples in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
             values = [m * 10.0**d for d in decades for m in multiples]
             inside = [v for v in values if self.low * (1 - 1e-9) <= v <= self.high * (1 + 1e-9)]
-            if len(inside) <= wanted + 2:
-                return inside
-        return inside[:: math.ceil(len(inside) / wanted)]
+            if len(found) >= 3 and len(inside) > wanted:
+                break
+            found = inside
+        return found[:: math.ceil(len(found) / (wanted + 2))] if found else []
 
 
 def _round_step(rough: float) -> float:
@@ -90,9 +93,7 @@ def fit(values: Iterable[float], start: float, end: float, *, log: bool | None =
 
 def svg(width: float, height: float, attributes: dict[str, object], *children: Markup | str | None) -> Markup:
     """Return an svg element with its view box."""
-    return h(
-        "svg", {"viewBox": f"0 0 {width:g} {height:g}", "xmlns": "http://www.w3.org/2000/svg", **attributes}, children
-    )
+    return h("svg", {"viewBox": f"0 0 {width:g} {height:g}", **attributes}, children)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
@@ -108,15 +109,15 @@ def label(x: float, y: float, text: str, css: str = "", anchor: str = "middle") 
 def grid(
     x: Scale, y: Scale, write: tuple[Callable[[float], str], Callable[[float], str]], ticks: int = 5
 ) -> list[Markup]:
-    """Draw hairlines and tick labels of a plane whose axes are `x` and `y`."""
+    """Return hairlines and tick labels of a plane whose axes are `x` and `y`."""
     out = []
     for value in x.ticks(ticks):
         out += [
             line(x.at(value), y.start, x.at(value), y.end, "hair"),
-            label(x.at(value), y.start + 20, write[0](value), "tick"),
+            label(x.at(value), y.start + 20, wording.brief(value, write[0]), "tick"),
         ]
     for value in y.ticks(ticks):
         out += [line(x.start, y.at(value), x.end, y.at(value), "hair")]
-        out += [label(x.start - 10, y.at(value) + 4, write[1](value), "tick", "end")]
+        out += [label(x.start - 10, y.at(value) + 4, wording.brief(value, write[1]), "tick", "end")]
     out.append(line(x.start, y.start, x.end, y.start, "axis"))
     return out

@@ -20,10 +20,11 @@ from .strips import picture
 COSTS = (
     ("latency", "milliseconds", wording.duration),
     ("size", "bytes", wording.size),
-    ("FLOPs", "flops", wording.flops),
+    ("FLOPs", "flops", wording.count),
 )
 """What the trade-off chart can be drawn over: name, field, how it is written."""
 
+Box = tuple[float, float, float, float]
 WIDTH, HEIGHT = 760, 440
 SHAPES = {
     "original": "M-6.5-6.5h13v13h-13z",
@@ -79,15 +80,15 @@ def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool) ->
     y = fit(heights, HEIGHT - 62, 22, log=False)
     placed = [_place(i, p, cost, (x, y), (write_x, write_y)) for i, p in used]
     placed.sort(key=lambda p: p.x)
-    plain_y = (lambda v: wording.number(100 * v, 4) + "\u00a0%") if as_percent else wording.number
-    back: list[Markup | str] = [*grid(x, y, (write_x, plain_y))]
+    back: list[Markup | str] = [*grid(x, y, (write_x, write_y))]
     back += [label((x.start + x.end) / 2, HEIGHT - 12, name + (", logarithmic" if x.log else ""), "title")]
+    back += [label(x.start, 12, "quality", "title", "start")]
     back += [_steps(placed), *_whiskers(placed, y)]
     told = f"{len(placed)} models, quality upwards, {name} to the right; up and to the left is better."
     attributes, title, description = picture(f"front-{cost}", f"Quality against {name}", told)
     axes = h("g", {**attributes}, title, description, back, _labels(placed))
-    marks = [_option(p, cost, first=i == 0) for i, p in enumerate(placed)]
-    listed = h("g", {"role": "listbox", "aria-label": f"Models by {name}", "aria-orientation": "horizontal"}, marks)
+    options = [_option(p, first=i == 0) for i, p in enumerate(placed)]
+    listed = h("g", {"role": "listbox", "aria-label": f"Models by {name}", "aria-orientation": "horizontal"}, options)
     return svg(WIDTH, HEIGHT, {"class": "chart front"}, axes, listed)
 
 
@@ -98,7 +99,7 @@ def _place(index: int, point: FrontPoint, cost: str, scales: tuple[Scale, Scale]
 
 
 def _steps(placed: Sequence[Placed]) -> Markup | str:
-    """The best measured quality up to each cost, as a staircase."""
+    """Return the best measured quality up to each cost, as a staircase."""
     corners: list[tuple[float, float]] = []
     for p in placed:
         if p.point.source == "measured" and (not corners or p.y < corners[-1][1]):
@@ -118,47 +119,72 @@ def _whiskers(placed: Sequence[Placed], y: Scale) -> list[Markup]:
 
 
 def _labels(placed: Sequence[Placed]) -> list[Markup]:
-    """Names beside the points that matter; a name that would cover another one is left to the table."""
-    taken: list[tuple[float, float, float]] = []
-    out = []
+    """Return names beside the points that matter, where they cover the fewest points and no other name."""
     order = {"chosen": 0, "original": 1, "control": 2}
+    taken: list[Box] = []
+    out = []
     for p in sorted((p for p in placed if p.point.kind in order), key=lambda p: order[p.point.kind]):
         text = p.point.label if len(p.point.label) <= 34 else p.point.label[:32] + "\u2026"
-        right = p.x < WIDTH * 0.6
-        left_end = p.x + 14 if right else p.x - 14 - 7.0 * len(text)
-        spot = next(
-            (s for s in (p.y + 5, p.y - 13, p.y + 22) if _free(taken, left_end, left_end + 7.0 * len(text), s)), None
-        )
-        if spot is None:
+        spots = [s for s in _spots(p, 7.2 * len(text)) if not any(_meet(s[0], box) for box in taken)]
+        if not spots:
             continue
-        taken.append((left_end, left_end + 7.0 * len(text), spot))
-        css = f"name {p.point.kind}"
-        out.append(label(p.x + (14 if right else -14), round(spot, 1), text, css, "start" if right else "end"))
+        box, x, anchor = min(
+            spots, key=lambda s: sum(_meet(s[0], (q.x - 6, q.y - 6, q.x + 6, q.y + 6)) for q in placed)
+        )
+        taken.append(box)
+        out.append(label(round(x, 1), round(box[3] - 3, 1), text, f"name {p.point.kind}", anchor))
     return out
 
 
-def _free(taken: Sequence[tuple[float, float, float]], start: float, end: float, y: float) -> bool:
-    return all(end < a or start > b or abs(y - at) > 15 for a, b, at in taken)
+def _spots(p: Placed, wide: float) -> list[tuple[Box, float, str]]:
+    """Return where on the paper a name of this width may stand around a point: box, place of the text, its anchor."""
+    out: list[tuple[Box, float, str]] = []
+    for up in (8, -8, 24, -24, 40):
+        for x, left, anchor in (
+            (p.x + 15, p.x + 15, "start"),
+            (p.x - 15, p.x - 15 - wide, "end"),
+            (p.x, p.x - wide / 2, "middle"),
+        ):
+            box = (left, p.y + up - 16, left + wide, p.y + up)
+            if (
+                box[0] > 92
+                and box[2] < WIDTH
+                and box[1] > 14
+                and box[3] < HEIGHT - 62
+                and (anchor != "middle" or abs(up) > 20)
+            ):
+                out.append((box, x, anchor))
+    return out
 
 
-def _option(p: Placed, cost: str, *, first: bool) -> Markup:
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _option(p: Placed, *, first: bool) -> Markup:
     attributes = {
         "role": "option",
         "aria-selected": "false",
         "aria-label": p.said,
         "tabindex": 0 if first else -1,
-        "id": f"{cost}-{p.index}",
         "data-p": p.index,
         "class": f"{p.point.kind} {p.point.source}",
         "transform": f"translate({p.x:g} {p.y:g})",
     }
-    return h("g", attributes, h("circle", {"r": 13, "class": "halo"}), h("path", {"d": SHAPES[p.point.kind]}))
+    return h("g", attributes, h("use", {"href": f"#mark-{p.point.kind}"}))
+
+
+def marks() -> Markup:
+    """Return the marks of all kinds, drawn once and used everywhere; the halo shows which point has the focus."""
+    halo = h("circle", {"r": 13, "class": "halo"})
+    drawn = [h("g", {"id": f"mark-{kind}"}, halo, h("path", {"d": shape})) for kind, shape in SHAPES.items()]
+    return svg(1, 1, {"class": "marks", "width": 0, "height": 0, "aria-hidden": "true"}, h("defs", {}, drawn))
 
 
 def key(kind: str, source: str = "measured") -> Markup:
     """Return the mark of a kind of point, for the legend and the table."""
-    mark = h("path", {"d": SHAPES[kind], "class": f"{kind} {source}", "transform": "translate(11 11)"})
-    return svg(22, 22, {"class": "key", "aria-hidden": "true"}, mark)
+    mark = h("use", {"href": f"#mark-{kind}", "x": 11, "y": 11})
+    return svg(22, 22, {"class": f"key {kind} {source}", "aria-hidden": "true"}, mark)
 
 
 def calibration_chart(pairs: Sequence[Calibrated]) -> Markup | None:
@@ -175,7 +201,9 @@ def calibration_chart(pairs: Sequence[Calibrated]) -> Markup | None:
         return None
     values = [v for p in used for v in (p.predicted, p.measured)]
     x, y = fit(values, 92, 552, log=True), fit(values, 500, 40, log=True)
-    told = f"{len(used)} changes; on the diagonal the prediction was right, between the dashed lines within a factor of two."
+    told = (
+        f"{len(used)} changes; on the diagonal the prediction was right, between the dashed lines within a factor of 2."
+    )
     attributes, title, description = picture("calibration", "Measured against predicted loss increase", told)
     parts: list[Markup] = [title, description, *grid(x, y, (wording.number, wording.number), 4)]
     parts += [_diagonal(x, y, factor) for factor in (1.0, 2.0, 0.5)]

@@ -11,11 +11,11 @@ drops in points (hundredths of one for an accuracy, the metric's own unit otherw
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+from .strict import build, check
 
 SCHEMA = 1
 """The version of the JSON this file reads and writes."""
@@ -275,7 +275,7 @@ class Document:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"Document.schema must be {SCHEMA}, the only version this eke knows, got {self.schema!r}.")
-        _check(self, Document, "Document")
+        check(self, Document, f"Document (schema {SCHEMA})")
 
     def to_json(self) -> str:
         """Return the document as JSON text that `from_json` reads back to an equal document."""
@@ -307,92 +307,5 @@ class Document:
         if data.get("schema") != SCHEMA:
             given = repr(data["schema"]) if "schema" in data else "no key 'schema'"
             raise ValueError(f"This eke reads reports of schema {SCHEMA}, got {given}; write the report again with it.")
-        document: Self = _build(cls, data, "Document")
+        document: Self = build(cls, data, f"Document (schema {SCHEMA})")
         return document
-
-
-def _build(hint: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into the dataclasses and tuples that `hint` names; `_check` looks at the leaves afterwards."""
-    if is_dataclass(hint):
-        return _build_dataclass(hint, value, where)
-    arguments = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        if value is None:
-            return None
-        return _build(next(a for a in arguments if a is not NoneType), value, where)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        inner = arguments if arguments[-1] is not ... else (arguments[0],) * len(value)
-        if len(inner) == len(value):
-            return tuple(_build(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
-    return value
-
-
-def _build_dataclass(hint: Any, value: Any, where: str) -> Any:
-    hints = _hints(hint)
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{where} must be an object with the keys {', '.join(hints)} (schema {SCHEMA}), got {value!r:.60}."
-        )
-    for key in value:
-        if key not in hints:
-            raise ValueError(f"{where} has an unknown key {key!r}; schema {SCHEMA} allows {', '.join(hints)}.")
-    for key in hints:
-        if key not in value:
-            raise ValueError(f"{where} lacks the key {key!r}, which schema {SCHEMA} requires.")
-    return hint(**{key: _build(h, value[key], f"{where}.{key}") for key, h in hints.items()})
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}
-
-
-def _check(value: Any, hint: Any, where: str) -> None:
-    """Refuse what does not fit `hint`, by name."""
-    if is_dataclass(hint):
-        if not isinstance(value, hint):  # type: ignore[arg-type]
-            raise _wrong(where, hint.__name__, value)  # type: ignore[union-attr]
-        for key, inner in _hints(hint).items():
-            _check(getattr(value, key), inner, f"{where}.{key}")
-        return
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is not None:
-            _check(value, next(a for a in arguments if a is not NoneType), where)
-    elif origin is Literal:
-        if value not in arguments:
-            raise _wrong(where, "one of " + ", ".join(map(repr, arguments)), value)
-    elif origin is tuple:
-        _check_tuple(value, arguments, where)
-    elif origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
-            raise _wrong(where, "a dict of strings", value)
-    else:
-        _check_leaf(value, hint, where)
-
-
-def _check_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> None:
-    if not isinstance(value, tuple):
-        raise _wrong(where, "a tuple", value)
-    open_ended = arguments[-1] is ...
-    if not open_ended and len(value) != len(arguments):
-        raise _wrong(where, f"a tuple of {len(arguments)}", value)
-    for i, item in enumerate(value):
-        _check(item, arguments[0] if open_ended else arguments[i], f"{where}[{i}]")
-    if arguments == (float, float) and value[0] > value[1]:
-        raise _wrong(where, "(lower, upper) with lower <= upper", value)
-
-
-def _check_leaf(value: Any, hint: Any, where: str) -> None:
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _wrong(where, "a finite float (None when it was not measured)", value)
-    elif hint is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong(where, "an int", value)
-    elif not isinstance(value, hint):
-        raise _wrong(where, f"a {hint.__name__}", value)
-
-
-def _wrong(where: str, needed: str, value: object) -> ValueError:
-    return ValueError(f"{where} must be {needed} (schema {SCHEMA}), got {type(value).__name__} {value!r:.60}.")

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,12 @@ from .document import Document
 from .markup import Markup, escape, h, join, word
 
 LIMIT_BYTES = 400_000
-ROWS = (420, 240, 120, 60, 25)
+PLAN_LEAD = (
+    "Italic and hollow: predicted. Upright and solid: measured. Bars of size and time: outlined before, filled after."
+)
+CALIBRATION_LEAD = "How far the planner can be trusted here."
+LIMITS = ((420, 120), (420, 70), (300, 60), (210, 60), (120, 60), (60, 40), (25, 25))
+"""Rows a table and points a chart, from the first choice to the last resort."""
 
 
 def render(document: Document) -> str:
@@ -36,12 +41,13 @@ def render(document: Document) -> str:
     Raises:
         RuntimeError: if even the shortest tables do not fit.
     """
-    for rows in ROWS:
-        page = _page(document, rows)
+    for rows, points in LIMITS:
+        page = _page(document, rows, points)
         if len(page.encode()) < LIMIT_BYTES:
             return page
     raise RuntimeError(
-        f"The report of {document.title!r:.60} needs {len(page.encode())} bytes with {rows} rows a table, more than {LIMIT_BYTES}."
+        f"The report of {document.title!r:.60} needs {len(page.encode())} bytes with {rows} rows a table, "
+        f"more than {LIMIT_BYTES}; shorten its recipe, notes and warnings."
     )
 
 
@@ -67,53 +73,47 @@ def write(document: Document, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def _page(document: Document, rows: int) -> str:
+def _page(document: Document, rows: int, points: int) -> str:
     folder = resources.files(__package__)
     style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
     script = Markup(folder.joinpath("page.js").read_text(encoding="utf-8"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    title = f"{escape(document.title, 160)} \u2013 eke"
     head = h(
         "head",
         {},
         h("meta", {"charset": "utf-8"}),
-        h("meta", {"http-equiv": "Content-Security-Policy", "content": policy}),
+        h("meta", {"http-equiv": "Content-Security-Policy", "content": _policy(script)}),
         h("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         h("meta", {"name": "color-scheme", "content": "light dark"}),
         h("meta", {"name": "generator", "content": f"eke {document.eke_version}"}),
-        h("title", {}, Markup(title)),
+        h("title", {}, escape(document.title, 160), " \u2013 eke"),
         h("link", {"rel": "icon", "href": "data:,"}),
         h("style", {}, style),
     )
-    return "<!doctype html>\n" + h("html", {"lang": "en"}, head, _body(document, rows), Markup("\n")).replace(
-        "</body>", f"<script>{script}</script></body>"
-    )
+    return f"<!doctype html>\n{h('html', {'lang': 'en'}, head, _body(_sections(document, rows, points), document, script))}\n"
 
 
-def _body(document: Document, rows: int) -> Markup:
-    sections = [s for s in _sections(document, rows) if s[2]]
+def _policy(script: str) -> str:
+    """Return a content security policy that lets this one script run and nothing be fetched."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+
+
+def _body(drawn: list[tuple[str, str, Markup, str]], document: Document, script: Markup) -> Markup:
+    sections = [s for s in drawn if s[2]]
     links = [h("li", {}, h("a", {"href": f"#{name}"}, title)) for name, title, _, _ in sections]
     theme = h("button", {"type": "button", "id": "theme", "hidden": True}, "Dark page")
-    top = h("div", {"class": "masthead"}, h("span", {"class": "brand"}, "eke"), theme)
-    drawn = [_section(*section) for section in sections]
+    foot = f"Written by eke {document.eke_version}. report.json holds the same numbers, schema {document.schema}."
     return h(
         "body",
         {},
         h("a", {"class": "skip", "href": "#main"}, "Skip to the report"),
-        top,
+        h("div", {"class": "masthead"}, h("span", {"class": "brand"}, "eke"), theme),
         summary.header(document, _date(document.created)),
         h("nav", {"aria-label": "Contents"}, h("ol", {}, links)),
-        h("main", {"id": "main", "tabindex": -1}, drawn),
-        h(
-            "footer",
-            {},
-            h(
-                "p",
-                {},
-                f"Written by eke {document.eke_version}. The same numbers are in report.json, schema {document.schema}.",
-            ),
-        ),
+        h("main", {"id": "main", "tabindex": -1}, [_section(*section) for section in sections]),
+        h("footer", {}, h("p", {}, foot)),
+        h("script", {}, script),
     )
 
 
@@ -124,22 +124,32 @@ def _section(name: str, title: str, content: Markup, lead: str) -> Markup:
     )
 
 
-def _sections(document: Document, rows: int) -> list[tuple[str, str, Markup, str]]:
-    """Id, title, inside and the line under the title of every section; an empty inside drops it."""
+def _sections(document: Document, rows: int, points: int) -> list[tuple[str, str, Markup, str]]:
+    """Return id, title, inside and the line under the title of every section; an empty inside drops it."""
 
-    def when(data: object, draw: Callable[[Document, int], Markup]) -> Markup:
-        return draw(document, rows) if data else Markup("")
+    def when(data: object, draw: Callable[[Document, int], Markup], most: int = rows) -> Markup:
+        return draw(document, most) if data else Markup("")
 
     d = document
-    result = join([summary.comparison(d) if d.before or d.after else None, summary.drop(d), summary.speeds(d)])
+    compared = "The model" if d.kind == "inspect" else "Before and after"
     return [
-        ("read-first", "Read first", summary.warnings(d) if d.warnings else Markup(""), "What limits the claims below."),
+        (
+            "read-first",
+            "Read first",
+            summary.warnings(d) if d.warnings else Markup(""),
+            "What limits the claims below.",
+        ),
         ("asked", "Asked and got", summary.budget(d) if d.budget else Markup(""), ""),
-        ("result", "The model" if d.kind == "inspect" else "Before and after", result, "All measured on this machine."),
-        ("trade-off", "Trade-off", when(d.front, tables.front), "Up and to the left is better."),
-        ("what-changed", "The plan", when(d.plan, tables.plan), "Italic and hollow: predicted. Upright and solid: measured."),
-        ("rivals", "Controls", when(d.controls, tables.controls), "What else could have been done with the same effort."),
-        ("prediction", "Predicted against measured", when(d.calibration, tables.calibration), "How far the planner can be trusted here."),
+        ("result", compared, summary.result(d), "All measured on this machine."),
+        ("trade-off", "Trade-off", when(d.front, tables.front, points), "Up and to the left is better."),
+        ("what-changed", "The plan", when(d.plan, tables.plan), PLAN_LEAD),
+        ("rivals", "Controls", when(d.controls, tables.controls), "What else the same effort could have bought."),
+        (
+            "prediction",
+            "Predicted against measured",
+            when(d.calibration, tables.calibration, 2 * points),
+            CALIBRATION_LEAD,
+        ),
         ("model-sites", "Sites", when(d.sites, tables.sites), "Where the weight, the time and the risk are."),
         ("data", "Data", when(d.splits, tables.splits), ""),
         ("planning", "Rounds", _rounds(d), "How the plan was corrected by measurement."),
@@ -147,7 +157,7 @@ def _sections(document: Document, rows: int) -> list[tuple[str, str, Markup, str
         ("machine", "Environment", _environment(d), ""),
         ("repeat", "Reproduce", _reproduce(d), ""),
         ("words", "The four words", _glossary(), "Every number stands under one of them."),
-    ]  # fmt: skip
+    ]
 
 
 def _rounds(document: Document) -> Markup:
@@ -161,46 +171,33 @@ def _notes(document: Document) -> Markup:
 
 
 def _environment(document: Document) -> Markup:
-    entries = [
-        h("div", {}, h("dt", {}, escape(k, 60)), h("dd", {}, escape(v, 300)))
-        for k, v in list(document.environment.items())[:80]
-    ]
-    return h("dl", {"class": "facts"}, entries) if entries else Markup("")
+    known = list(document.environment.items())[:80]
+    return _facts([(escape(key, 60), escape(value, 300)) for key, value in known], "facts") if known else Markup("")
+
+
+def _glossary() -> Markup:
+    return _facts([(word(name), text) for name, text in wording.GLOSSARY], "facts words")
+
+
+def _facts(entries: Sequence[tuple[str, str]], css: str) -> Markup:
+    return h("dl", {"class": css}, [h("div", {}, h("dt", {}, name), h("dd", {}, text)) for name, text in entries])
 
 
 def _reproduce(document: Document) -> Markup:
     if document.recipe is None:
         return Markup("")
-    how = {
-        "compress": "eke compress --recipe recipe.yaml",
-        "gate": "eke gate --recipe recipe.yaml",
-        "inspect": "eke inspect --recipe recipe.yaml",
-    }
+    install = h("code", {}, f"pip install eke=={document.eke_version}")
+    run = h("code", {}, f"eke {document.kind} --recipe recipe.yaml")
     steps = [
-        h("li", {}, "Install the same version: ", h("code", {}, f"pip install eke=={document.eke_version}")),
+        h("li", {}, "Install the same version: ", install),
         h("li", {}, "Save the recipe below as ", h("code", {}, "recipe.yaml"), " (a saved result has it already)."),
-        h(
-            "li",
-            {},
-            "Run ",
-            h("code", {}, how[document.kind]),
-            ". Times belong to the machine named under Environment; compare ratios.",
-        ),
+        h("li", {}, "Run ", run, ". Times belong to the machine named under Environment; compare ratios."),
     ]
     copy = h("button", {"type": "button", "id": "copy", "hidden": True}, "Copy the recipe")
     said = h("span", {"role": "status", "aria-live": "polite", "id": "copied"})
-    recipe = h(
-        "pre", {"id": "recipe", "tabindex": 0, "aria-label": "Recipe"}, h("code", {}, escape(document.recipe, 40_000))
-    )
+    frame = {"id": "recipe", "tabindex": 0, "role": "region", "aria-label": "Recipe"}
+    recipe = h("pre", frame, h("code", {}, escape(document.recipe, 40_000)))
     return join([h("ol", {"class": "prose"}, steps), recipe, h("p", {"class": "copy"}, copy, said)])
-
-
-def _glossary() -> Markup:
-    return h(
-        "dl",
-        {"class": "facts words"},
-        [h("div", {}, h("dt", {}, word(name)), h("dd", {}, text)) for name, text in wording.GLOSSARY],
-    )
 
 
 def _date(created: str) -> str:
@@ -208,5 +205,7 @@ def _date(created: str) -> str:
         when = datetime.fromisoformat(created)
     except ValueError:
         return created
+    if "T" not in created:
+        return f"{when.day} {when:%B %Y}"
     zone = f" {when.tzname()}" if when.tzinfo else ""
     return f"{when.day} {when:%B %Y, %H:%M}{zone}"

@@ -1,7 +1,7 @@
-"""HTML that cannot be injected: plain strings are escaped, only `Markup` passes as it is.
+"""HTML that nothing can be injected into: plain strings are escaped, `Markup` passes.
 
-`h("td", {"class": name}, text, h("b", {}, more))` builds an element; children that are plain strings are escaped, so the
-only way to put raw HTML on the page is to build it here. Names may come from anywhere: control characters, lone
+`h("td", {"class": name}, text, h("b", {}, more))` builds an element; children that are plain strings are escaped, so
+raw HTML is only what was built here. Names may come from anywhere: control characters, lone
 surrogates and direction overrides, which no font shows and which break XML, become the replacement character.
 """
 
@@ -68,7 +68,7 @@ def h(name: str, attributes: Mapping[str, object] | None = None, *children: Chil
 
 
 def join(children: Iterable[Child]) -> Markup:
-    """Join children as `h` does."""
+    """Return children joined as `h` joins them."""
     return Markup("".join(_flat(children)))
 
 
@@ -103,7 +103,7 @@ class Cell:
 
 
 def word(name: str) -> Markup:
-    """Mark one of the four words, so that it looks the same everywhere."""
+    """Return one of the four words with its mark, so that it looks the same everywhere."""
     return h("span", {"class": f"word {name}"}, name)
 
 
@@ -127,7 +127,7 @@ def table(caption: Child, columns: Sequence[Column], rows: Sequence[Sequence[Cel
     built = h(
         "table",
         {"id": name},
-        h("caption", {"id": f"{name}-caption"}, caption),
+        h("caption", {"id": f"{name}-caption"}, h("span", {}, caption)),
         h("thead", {}, h("tr", {}, heads)),
         h("tbody", {}, body),
     )

@@ -83,7 +83,7 @@
     body.append(...rows.map(([, row]) => row));
   };
   for (const table of all("table")) {
-    if (table.tBodies[0].rows.length < 3) continue;
+    if (table.tBodies[0].rows.length < 6) continue;
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => {
       const button = make("button", head.firstChild.textContent);

@@ -16,17 +16,26 @@ from .markup import Markup, h
 
 
 def picture(name: str, title: str, description: str) -> tuple[dict[str, object], Markup, Markup]:
-    """Return the attributes, title and description that make an svg an image to a screen reader."""
+    """Name a drawing for a screen reader.
+
+    Args:
+        name: Unique on the page.
+        title: What it is.
+        description: What it shows.
+
+    Returns:
+        Attributes for the element, and the title and description that belong inside it.
+    """
     attributes: dict[str, object] = {"role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
     return attributes, h("title", {"id": f"{name}-title"}, title), h("desc", {"id": f"{name}-desc"}, description)
 
 
 def drop_plot(drop: Drop) -> Markup:
-    """Draw the drop with its interval; everything beyond the limit is hatched."""
+    """Return the drop with its interval; everything beyond the limit is hatched."""
     ends = drop.interval or (drop.points, drop.points)
     limit = drop.limit
     reach = [0.0, *ends, drop.points] + ([limit * 1.3] if limit is not None else [])
-    scale = fit(reach, 40, 720, log=False, pad=0.1)
+    scale = fit(reach, 8, 752, log=False, pad=0.1)
     middle, base = 58, 96
     shown = f"{wording.points(drop.points)} points, {wording.drop_detail(drop)}"
     told = shown + (f"; the limit is {wording.points(limit)} points" if limit is not None else "")
@@ -38,17 +47,17 @@ def drop_plot(drop: Drop) -> Markup:
         size = {"id": "hatch", "width": 8, "height": 8, "patternUnits": "userSpaceOnUse"}
         parts += [h("defs", {}, h("pattern", size, hatch))]
         parts += [
-            h("rect", {"x": at, "y": 30, "width": round(720 - at, 1), "height": base - 30, "fill": "url(#hatch)"})
+            h("rect", {"x": at, "y": 30, "width": round(752 - at, 1), "height": base - 30, "fill": "url(#hatch)"})
         ]
         parts += [line(at, 22, at, base, "limit"), label(at, 15, f"limit {wording.points(limit)}", "strong")]
     for value in scale.ticks(6):
         parts += [line(scale.at(value), base, scale.at(value), base + 6, "axis")]
-        parts += [label(scale.at(value), base + 22, wording.number(value, 2), "tick")]
-    parts += [line(40, base, 720, base, "axis"), line(scale.at(0), 34, scale.at(0), base, "zero")]
+        parts += [label(scale.at(value), base + 22, wording.brief(value), "tick")]
+    parts += [line(8, base, 752, base, "axis"), line(scale.at(0), 34, scale.at(0), base, "zero")]
     parts += _whisker(scale, ends, middle, 9) if drop.interval else []
     parts += [h("circle", {"cx": scale.at(drop.points), "cy": middle, "r": 7, "class": "dot"})]
-    parts += [label(380, base + 44, "points lost (to the left of zero: gained)", "tick")]
-    return svg(760, 146, {**attributes, "class": "chart drop"}, *parts)
+    parts += [label(380, base + 50, "points lost (to the left of zero: gained)", "tick")]
+    return svg(760, 154, {**attributes, "class": "chart drop"}, *parts)
 
 
 def _whisker(scale: Scale, ends: Interval, y: float, tall: float) -> list[Markup]:
@@ -90,18 +99,19 @@ class Strip:
     def row(self, value: float, interval: Interval | None, said: str) -> Markup:
         """Return one row as an image."""
         parts = [line(self.scale.at(self.reference), 1, self.scale.at(self.reference), 23, "zero")]
-        parts += _whisker(self.scale, interval, 12, 5) if interval else []
-        parts.append(h("circle", {"cx": self.scale.at(value), "cy": 12, "r": 4.5, "class": "dot"}))
+        parts += _whisker(self.scale, interval, 12, 6) if interval else []
+        parts.append(h("circle", {"cx": self.scale.at(value), "cy": 12, "r": 3.5, "class": "dot"}))
         return svg(200, 24, {"role": "img", "aria-label": said, "class": "strip"}, *parts)
 
 
 def gauge(measured: float, limit: float, met: bool | None) -> Markup | None:
-    """Draw a measured value on a ruler that ends a quarter beyond the larger of value and limit; None without a scale."""
-    if limit <= 0 or measured < 0:
+    """Return a measured value on a ruler a quarter longer than it and its limit; None unless the limit is positive."""
+    if limit <= 0:
         return None
-    end = 1.25 * max(measured, limit)
+    shown = max(measured, 0.0)
+    end = 1.25 * max(shown, limit)
     scale = Scale(0.0, end, 1, 199)
-    at, stop = scale.at(measured), scale.at(limit)
+    at, stop = scale.at(shown), scale.at(limit)
     state = {True: "within", False: "beyond", None: "beside"}[met]
     said = f"{wording.percent(measured / limit)} of the limit, {state} it"
     ticks = [line(scale.at(i * end / 20), 15, scale.at(i * end / 20), 19, "hair") for i in range(21)]

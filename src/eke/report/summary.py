@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import wording
-from .document import Document, Measured, Speedup
+from .document import BudgetLine, Document, Drop, Measured, Speedup
 from .markup import Cell, Child, Column, Markup, escape, h, join, table, word
 from .strips import Strip, drop_plot, gauge, seal
 
+Write = tuple[Callable[[float], str], str]
+"""How a number is written, and the word for less of it."""
+
 KINDS = {
-    "compress": "Certificate of compression",
+    "compress": "Report on a compression",
     "gate": "Gate: old against new",
     "inspect": "Inspection of a model",
 }
@@ -33,7 +36,8 @@ def header(document: Document, created: str) -> Markup:
     """Return the masthead, the title, the verdict and the seal."""
     first, second = verdict_words(document)
     mark = "dash" if document.verdict.met is None else "check" if document.verdict.met else "cross"
-    stamp = seal(mark, f"{first} \u00b7 {second} \u00b7 ".upper() * 2, f"Seal: {first}, {second}")
+    rim = f"{first} \u00b7 {second} \u00b7 ".upper()
+    stamp = seal(mark, rim * 2 if len(rim) <= 24 else rim, f"Seal: {first}, {second}")
     state = h("p", {"class": f"state {mark}"}, h("strong", {}, first), h("span", {}, second))
     return h(
         "header",
@@ -48,12 +52,19 @@ def header(document: Document, created: str) -> Markup:
     )
 
 
+def _genre(document: Document) -> str:
+    """Return what kind of paper this is; only a verified result that missed no budget is certified."""
+    if document.kind == "compress" and document.verdict.verified and document.verdict.met is not False:
+        return "Certificate of compression"
+    return KINDS[document.kind]
+
+
 def _verdict(document: Document, state: Markup) -> Markup:
     sentence = h("p", {"class": "sentence"}, document.verdict.text)
     return h(
         "div",
         {},
-        h("p", {"class": "eyebrow"}, KINDS[document.kind]),
+        h("p", {"class": "eyebrow"}, _genre(document)),
         h("h1", {}, escape(document.title, 160)),
         sentence,
         state,
@@ -74,49 +85,47 @@ def budget(document: Document) -> Markup:
         Column("Measured against the limit"),
         Column("Met"),
     ]
-    said = {True: "\u2713 met", False: "\u2717 not met", None: "\u2013 open"}
-    rows = []
-    for b in document.budget:
-        drawn = gauge(b.measured, b.limit, b.met) if b.measured is not None and b.limit is not None else None
-        got = wording.quantity(b.measured, b.unit) if b.measured is not None else wording.NONE
-        limit = f" ({wording.quantity(b.limit, b.unit)})" if b.limit is not None else ""
-        rows.append([b.name, f"{b.asked}{limit}", Cell(got, b.measured), Cell(drawn), Cell(said[b.met])])
-    return table(
-        "What was asked and what was measured. The upright stroke of each ruler is the limit.", columns, rows, "budget"
-    )
+    caption = "What was asked and what was measured. The upright stroke of each ruler is the limit."
+    return table(caption, columns, [_budget_row(b) for b in document.budget[:60]], "budget")
 
 
-def comparison(document: Document) -> Markup:
-    """Return the ledger of before and after."""
+def _budget_row(b: BudgetLine) -> list[Cell | str]:
+    said = {True: "\u2713 met", False: "\u2717 not met", None: "\u2013 open"}[b.met]
+    drawn = gauge(b.measured, b.limit, b.met) if b.measured is not None and b.limit is not None else None
+    got = wording.quantity(b.measured, b.unit) if b.measured is not None else wording.NONE
+    spelled = b.limit is not None and b.unit not in {"points", "%"}
+    asked = f"{b.asked} ({wording.quantity(b.limit, b.unit)})" if b.limit is not None and spelled else b.asked
+    return [b.name, asked, Cell(got, b.measured), Cell(drawn), said]
+
+
+def result(document: Document) -> Markup:
+    """Return before and after, the drop and the speed-ups; nothing when none of them is known."""
+    parts = [_comparison(document) if document.before or document.after else None, _drop(document), _speeds(document)]
+    return join(parts)
+
+
+def _comparison(document: Document) -> Markup:
     before, after = document.before, document.after
-    entries = [_score_entry(document, before, after)]
-    entries.append(_entry("Size of the file", before, after, "bytes", (wording.size, "smaller")))
-    entries.append(_latency_entry(document, before, after))
-    entries.append(_entry("FLOPs", before, after, "flops", (wording.flops, "fewer")))
-    entries.append(_entry("Parameters", before, after, "parameters", (wording.count, "fewer")))
-    entries.append(_entry("Peak memory", before, after, "peak_bytes", (wording.size, "less")))
-    names = " and ".join(m.label for m in (before, after) if m is not None)
-    ledger = h("dl", {"class": "ledger", "aria-label": f"Measured: {names}"}, entries)
-    key = (
-        h(
-            "p",
-            {"class": "legend"},
-            h("span", {"class": "bar was"}),
-            before.label,
-            h("span", {"class": "bar is"}),
-            after.label,
-        )
-        if before and after
-        else None
-    )
-    return join([ledger, key])
+    entries = [
+        _score_entry(before, after),
+        _entry("Size of the file", before, after, "bytes", (wording.size, "smaller")),
+        _latency_entry(document),
+        _entry("FLOPs", before, after, "flops", (wording.count, "fewer")),
+        _entry("Parameters", before, after, "parameters", (wording.count, "fewer")),
+        _entry("Peak memory", before, after, "peak_bytes", (wording.size, "less")),
+    ]
+    ledger = h("dl", {"class": "ledger"}, entries)
+    if before is None or after is None:
+        return ledger
+    bars = [h("li", {}, h("span", {"class": f"bar {css}"}), m.label) for css, m in (("was", before), ("is", after))]
+    return join([ledger, h("ul", {"class": "legend"}, bars)])
 
 
 def _item(title: str, word_name: str, *children: Child) -> Markup:
     return h("div", {}, h("dt", {}, title, word(word_name)), h("dd", {}, children))
 
 
-def _score_entry(document: Document, before: Measured | None, after: Measured | None) -> Markup | None:
+def _score_entry(before: Measured | None, after: Measured | None) -> Markup | None:
     last = (after and after.score) or (before and before.score)
     if not last:
         return None
@@ -129,9 +138,7 @@ def _score_entry(document: Document, before: Measured | None, after: Measured | 
     return _item(last.name.capitalize(), "measured", h("p", {"class": "big"}, wording.score(last)), details)
 
 
-def _entry(
-    title: str, before: Measured | None, after: Measured | None, name: str, write: tuple[Callable[[float], str], str]
-) -> Markup | None:
+def _entry(title: str, before: Measured | None, after: Measured | None, name: str, write: Write) -> Markup | None:
     was, now = getattr(before, name, None), getattr(after, name, None)
     shown = now if now is not None else was
     if shown is None:
@@ -140,7 +147,7 @@ def _entry(
     return _item(title, "measured", h("p", {"class": "big"}, write[0](shown)), more)
 
 
-def _change(was: float, now: float, write: tuple[Callable[[float], str], str]) -> Markup:
+def _change(was: float, now: float, write: Write) -> Markup:
     text = "unchanged"
     if was > 0 and now > 0 and was != now:
         opposite = {"smaller": "larger", "fewer": "more", "less": "more"}[write[1]]
@@ -157,15 +164,18 @@ def _bars(was: float, now: float) -> Markup:
     return h("div", {"class": "bars", "aria-hidden": "true"}, bars)
 
 
-def _latency_entry(document: Document, before: Measured | None, after: Measured | None) -> Markup | None:
+def _latency_entry(document: Document) -> Markup | None:
+    before, after = document.before, document.after
     was, now = before and before.milliseconds, after and after.milliseconds
-    shown = now or was
-    if not shown:
+    shown, timed = (now, after) if now else (was, before)
+    if not shown or timed is None:
         return None
     details: list[Markup] = []
+    if timed.milliseconds_interval is not None:
+        details.append(h("p", {"class": "from"}, wording.span(timed.milliseconds_interval, wording.duration)))
     if document.speedups:
         s = document.speedups[0]
-        claim = "faster" if s.claimed else "\u2014 no speed-up claimed"
+        claim = "faster" if s.claimed else "measured, but no speed-up is claimed"
         details.append(h("p", {}, f"{wording.ratio(s.ratio)} {claim}"))
         details.append(h("p", {"class": "from"}, f"{wording.speed_detail(s)}, against {s.against}"))
     if was and now:
@@ -173,31 +183,33 @@ def _latency_entry(document: Document, before: Measured | None, after: Measured 
     return _item("Latency", "measured", h("p", {"class": "big"}, wording.duration(shown)), details)
 
 
-def drop(document: Document) -> Markup:
-    """Return the interval of the drop against its limit, and what may be said about it."""
+def _drop(document: Document) -> Markup | None:
     d = document.drop
     if d is None:
-        return Markup("")
-    percent = wording.level(d.confidence)
+        return None
+    title = h("h3", {}, f"Drop: {wording.points(d.points)} points, {wording.drop_detail(d)}")
+    return join([title, h("figure", {}, drop_plot(d), h("figcaption", {}, _drop_said(d)))])
+
+
+def _drop_said(d: Drop) -> Markup:
+    """Return what may be said about a drop, and no more."""
     if d.limit is None:
-        said = join([f"The measured drop is {wording.points(d.points)} points; no limit was asked."])
-    elif d.proved:
-        said = join([f"The whole interval lies within the limit of {wording.points(d.limit)} points: that the drop is no larger is ",
-                     word("statistical"), f" and holds with {percent}."])  # fmt: skip
-    elif d.points <= d.limit:
-        said = join(["The ", word("measured"), f" drop is within the limit of {wording.points(d.limit)} points, but its interval"
-                     f" reaches beyond: with {percent} confidence a larger drop is not ruled out."])  # fmt: skip
-    else:
-        said = join(["The ", word("measured"), f" drop is beyond the limit of {wording.points(d.limit)} points."])
-    figure = h("figure", {}, drop_plot(d), h("figcaption", {}, said))
-    return join([h("h3", {}, f"Drop: {wording.points(d.points)} points, {wording.drop_detail(d)}"), figure])
+        return join(["The ", word("measured"), " drop; no limit was asked."])
+    limit, sure = f"the limit of {wording.points(d.limit)} points", wording.level(d.confidence)
+    if d.proved:
+        said = f"The whole interval lies within {limit}: that the drop is no larger is "
+        return join([said, word("statistical"), f" and holds with {sure}."])
+    if d.points > d.limit:
+        return join(["The ", word("measured"), f" drop is beyond {limit}."])
+    unsure = f"but not the whole interval: with {sure} confidence a larger drop is not ruled out."
+    return join(["The ", word("measured"), f" drop is within {limit}, {unsure}"])
 
 
-def speeds(document: Document) -> Markup:
-    """Return the speed-ups, one row for each thing the result was timed against."""
-    if not document.speedups:
-        return Markup("")
-    strip = Strip.over([(s.ratio, s.interval) for s in document.speedups], 1.0, wording.ratio)
+def _speeds(document: Document) -> Markup | None:
+    shown = document.speedups[:60]
+    if not shown:
+        return None
+    strip = Strip.over([(s.ratio, s.interval) for s in shown], 1.0, wording.ratio)
     columns = [
         Column("Against"),
         Column("Ratio", True, "measured"),
@@ -205,21 +217,12 @@ def speeds(document: Document) -> Markup:
         Column("1\u00d7 is the upright line"),
         Column("Claim"),
     ]
-    return table(
-        "Time of the other divided by time of the result, interleaved on this machine; above one the result is faster.",
-        columns,
-        [_speed_row(s, strip) for s in document.speedups],
-        "speedups",
-    )
+    caption = "Time of the other divided by time of the result, interleaved on this machine; above one it is faster."
+    return table(caption, columns, [_speed_row(s, strip) for s in shown], "speedups")
 
 
 def _speed_row(s: Speedup, strip: Strip) -> list[Cell | str]:
     detail = wording.speed_detail(s)
     drawn = strip.row(s.ratio, s.interval, f"{wording.ratio(s.ratio)}, {detail}")
-    return [
-        s.against,
-        Cell(wording.ratio(s.ratio), s.ratio),
-        detail,
-        Cell(drawn),
-        "claimed" if s.claimed else "not claimed",
-    ]
+    claim = "claimed" if s.claimed else "not claimed"
+    return [s.against, Cell(wording.ratio(s.ratio), s.ratio), detail, Cell(drawn), claim]

@@ -7,6 +7,7 @@ silent; the whole is in report.json.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -22,7 +23,7 @@ RANK = {"chosen": 0, "original": 1, "control": 2, "plan": 3, "candidate": 4}
 
 
 def _some(items: Sequence[Row], rows: int, importance: Callable[[Row], float]) -> tuple[list[Row], str]:
-    """The `rows` most important items in their own order, and a sentence about the rest."""
+    """Return the `rows` most important items in their own order, and a sentence about the rest."""
     if len(items) <= rows:
         return list(items), ""
     kept = sorted(sorted(range(len(items)), key=lambda i: -importance(items[i]))[:rows])
@@ -35,7 +36,7 @@ def _maybe(value: float | None, write: Callable[[float], str]) -> Cell:
 
 def front(document: Document, rows: int) -> Markup:
     """Return the trade-off charts, their legend, the panel of the selected point and the table."""
-    points, rest = _some(document.front, min(rows, 160), lambda p: -RANK[p.kind])
+    points, rest = _some(document.front, rows, lambda p: -RANK[p.kind])
     scored = [m.score for m in (document.before, document.after) if m is not None and m.score is not None]
     known = [p.score for p in points if p.score is not None]
     as_percent = wording.is_share(scored[0]) if scored else all(0 <= s <= 1 for s in known)
@@ -55,9 +56,10 @@ def front(document: Document, rows: int) -> Markup:
     panel = h(
         "div",
         {"class": "panel", "id": "selected", "role": "status", "aria-live": "polite", "hidden": True},
-        h("p", {}, "Choose a point: Tab into the chart, then the arrow keys."),
+        h("p", {}, "Choose a point: touch one, or Tab into the chart and use the arrow keys."),
     )
     return join([
+        charts.marks(),
         switch if len(costs) > 1 else None,
         figures,
         _legend(points),
@@ -76,15 +78,24 @@ def _legend(points: Sequence[FrontPoint]) -> Markup:
 
 def _front_table(points: Sequence[FrontPoint], rest: str, as_percent: bool) -> Markup:
     write = wording.percent if as_percent else lambda v: wording.number(v, 4)
-    columns = [Column("Model"), Column("Kind"), Column("Quality", True), Column("Interval"), Column("Latency", True), Column("Size", True), Column("FLOPs", True), Column("Source")]  # fmt: skip
-    body = []
+    columns = [
+        Column("Model"),
+        Column("Kind"),
+        Column("Quality", True),
+        Column("Interval"),
+        Column("Latency", True),
+        Column("Size", True),
+        Column("FLOPs", True),
+        Column("Source"),
+    ]
+    body: list[list[Cell | str]] = []
     for p in points:
         kind = Cell(join([charts.key(p.kind, p.source), p.kind]))
         interval = wording.span(p.score_interval, write) if p.score_interval else wording.NONE
         numbers = [
             _maybe(p.milliseconds, wording.duration),
             _maybe(p.bytes, wording.size),
-            _maybe(p.flops, wording.flops),
+            _maybe(p.flops, wording.count),
         ]
         source = Cell(word("measured" if p.source == "measured" else "estimated"))
         body.append([_name(p.label), kind, _maybe(p.score, write), interval, *numbers, source])
@@ -92,7 +103,7 @@ def _front_table(points: Sequence[FrontPoint], rest: str, as_percent: bool) -> M
 
 
 def _name(text: str) -> Cell:
-    return Cell(escape(text, 120))
+    return Cell(Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", escape(text, 120))))
 
 
 def plan(document: Document, rows: int) -> Markup:
@@ -101,7 +112,15 @@ def plan(document: Document, rows: int) -> Markup:
     losses = [abs(v) for p in document.plan for v in (p.predicted_loss, p.measured_loss) if v is not None]
     weights = [v for p in document.plan for v in (p.bytes_before, p.bytes_after) if v is not None]
     times = [v for p in document.plan for v in (p.milliseconds_before, p.milliseconds_after) if v is not None]
-    columns = [Column("Site"), Column("Change"), Column("Loss added", True, "estimated"), Column("Loss added", True, "measured"), Column("Size", True), Column("Time", True), Column("Maturity")]  # fmt: skip
+    columns = [
+        Column("Site"),
+        Column("Change"),
+        Column("Loss added", True, "estimated"),
+        Column("Loss added", True, "measured"),
+        Column("Size", True),
+        Column("Time", True),
+        Column("Maturity"),
+    ]
     tops = (max(losses, default=0.0), max(weights, default=0), max(times, default=0.0))
     return table(f"What the plan does at each site.{rest}", columns, [_plan_row(p, tops) for p in lines], "plan")
 
@@ -125,62 +144,70 @@ def _bar(value: float | None, top: float, css: str) -> dict[str, object]:
 def _pair(was: float | None, now: float | None, top: float, write: Callable[[float], str]) -> Cell:
     if was is None or now is None:
         return _maybe(now if now is not None else was, write)
-    shares = {"class": "b", "style": f"--v:{100 * was / top:.0f}%;--w:{100 * now / top:.0f}%"} if top else {}
+    shares = {"class": "b", "style": f"--w:{100 * was / top:.0f}%;--r:{100 * now / was:.0f}%"} if top and was else {}
     return Cell(f"{write(was)} \u2192 {write(now)}", now, shares)
 
 
 def controls(document: Document, rows: int) -> Markup:
     """Return the rivals, each with how far it is below the result."""
-    del rows
-    differences = [(c.difference.points, c.difference.interval) for c in document.controls if c.difference is not None]
+    rivals, rest = _some(document.controls, rows, lambda c: 0.0)
+    differences = [(c.difference.points, c.difference.interval) for c in rivals if c.difference is not None]
     strip = Strip.over(differences, 0.0, wording.points) if differences else None
-    columns = [Column("Control"), Column("Quality", True, "measured"), Column("Points below the result", True), Column("0 is the upright line"), Column("Speed", True), Column("Size", True), Column("Latency", True)]  # fmt: skip
-    caption = "Rivals measured the same way. Right of the line the result is better, left of it the rival is."
-    return table(caption, columns, [_control_row(c, strip) for c in document.controls], "controls")
+    columns = [
+        Column("Control"),
+        Column("Quality", True, "measured"),
+        Column("Points below the result", True, "measured"),
+        Column("Speed", True, "measured"),
+        Column("Size", True),
+        Column("Latency", True),
+    ]
+    caption = "Rivals measured the same way. Right of the upright line the result is better, left of it the rival is."
+    return table(caption + rest, columns, [_control_row(c, strip) for c in rivals], "controls")
 
 
 def _control_row(c: Control, strip: Strip | None) -> list[Cell | str]:
     name = Cell(join([h("b", {}, c.name), h("small", {}, c.description)]))
-    score = (
-        Cell(join([wording.score(c.score), h("small", {}, wording.score_detail(c.score))]), c.score.value)
-        if c.score
-        else Cell(wording.NONE)
-    )
-    gap, drawn = Cell(wording.NONE), Cell(None)
+    score, gap, speed = Cell(wording.NONE), Cell(wording.NONE), Cell(wording.NONE)
+    if c.score is not None:
+        score = _detailed(wording.score(c.score), wording.score_detail(c.score), c.score.value)
     if c.difference is not None and strip is not None:
-        detail = wording.drop_detail(c.difference)
-        gap = Cell(join([wording.points(c.difference.points), h("small", {}, detail)]), c.difference.points)
-        drawn = Cell(
-            strip.row(
-                c.difference.points, c.difference.interval, f"{wording.points(c.difference.points)} points, {detail}"
-            )
-        )
-    speed = Cell(wording.NONE)
+        value, detail = c.difference.points, wording.drop_detail(c.difference)
+        drawn = strip.row(value, c.difference.interval, f"{wording.points(value)} points, {detail}")
+        gap = _detailed(wording.points(value), detail, value, drawn)
     if c.speedup is not None:
-        told = f"{wording.speed_detail(c.speedup)}, against {c.speedup.against}" + (
-            "" if c.speedup.claimed else "; not claimed"
+        told = f"{wording.speed_detail(c.speedup)}, against {c.speedup.against}"
+        speed = _detailed(
+            wording.ratio(c.speedup.ratio), told + ("" if c.speedup.claimed else "; not claimed"), c.speedup.ratio
         )
-        speed = Cell(join([wording.ratio(c.speedup.ratio), h("small", {}, told)]), c.speedup.ratio)
-    return [name, score, gap, drawn, speed, _maybe(c.bytes, wording.size), _maybe(c.milliseconds, wording.duration)]
+    return [name, score, gap, speed, _maybe(c.bytes, wording.size), _maybe(c.milliseconds, wording.duration)]
+
+
+def _detailed(text: str, detail: str, value: float, drawn: Markup | None = None) -> Cell:
+    return Cell(join([text, drawn, h("small", {}, detail)]), value, {"class": "wrap"})
 
 
 def calibration(document: Document, rows: int) -> Markup:
     """Return predicted against measured: the chart, how well it did, and the pairs."""
-    pairs, rest = _some(document.calibration, min(rows, 300), lambda p: abs(p.measured))
+    pairs, rest = _some(document.calibration, rows, lambda p: abs(p.measured))
     drawn = charts.calibration_chart(pairs)
     kinds = list(dict.fromkeys(p.kind for p in pairs))
     legend = h("ul", {"class": "legend"}, [h("li", {}, _pair_key(i), k) for i, k in enumerate(kinds)])
-    columns = [Column("Change"), Column("Kind"), Column("Loss added", True, "estimated"), Column("Loss added", True, "measured"), Column("Measured / predicted", True)]  # fmt: skip
-    body = [
-        [_name(p.label), escape(p.kind, 60), Cell(wording.number(p.predicted), p.predicted, {"class": "p"}), Cell(wording.number(p.measured), p.measured), _maybe(p.measured / p.predicted if p.predicted else None, wording.ratio)]
-        for p in pairs
-    ]  # fmt: skip
-    shown = (
-        h("figure", {}, drawn, legend, h("figcaption", {}, agreement(document.calibration)))
-        if drawn
-        else h("p", {}, agreement(document.calibration))
-    )
-    return join([shown, table(f"The pairs.{rest}", columns, body, "pairs")])
+    columns = [
+        Column("Change"),
+        Column("Kind"),
+        Column("Loss added", True, "estimated"),
+        Column("Loss added", True, "measured"),
+        Column("Measured / predicted", True),
+    ]
+    said = agreement(document.calibration)
+    shown = h("figure", {}, drawn, legend, h("figcaption", {}, said)) if drawn else h("p", {}, said)
+    return join([shown, table(f"The pairs.{rest}", columns, [_pair_row(p) for p in pairs], "pairs")])
+
+
+def _pair_row(p: Calibrated) -> list[Cell | str]:
+    predicted = Cell(wording.number(p.predicted), p.predicted, {"class": "p"})
+    quotient = _maybe(p.measured / p.predicted if p.predicted else None, wording.ratio)
+    return [_name(p.label), escape(p.kind, 60), predicted, Cell(wording.number(p.measured), p.measured), quotient]
 
 
 def _pair_key(index: int) -> Markup:
@@ -224,15 +251,23 @@ def sites(document: Document, rows: int) -> Markup:
         max((getattr(s, k) or 0 for s in document.sites), default=0)
         for k in ("parameters", "flops", "share_of_time", "sensitivity")
     ]
-    columns = [Column("Site"), Column("Kind"), Column("Shape"), Column("Parameters", True), Column("FLOPs", True), Column("Share of time", True, "measured"), Column("Sensitivity", True, "estimated")]  # fmt: skip
+    columns = [
+        Column("Site"),
+        Column("Kind"),
+        Column("Shape"),
+        Column("Parameters", True),
+        Column("FLOPs", True),
+        Column("Share of time", True, "measured"),
+        Column("Sensitivity", True, "estimated"),
+    ]
     return table(f"What each site weighs and costs.{rest}", columns, [_site_row(s, tops) for s in lines], "sites")
 
 
 def _site_row(s: SiteLine, tops: Sequence[float]) -> list[Cell | str]:
     shape = " \u00d7 ".join(map(str, s.shape))
-    numbers = (
+    numbers: tuple[tuple[float | None, Callable[[float], str], str], ...] = (
         (s.parameters, wording.count, "m"),
-        (s.flops, wording.flops, "m"),
+        (s.flops, wording.count, "m"),
         (s.share_of_time, wording.percent, "m"),
         (s.sensitivity, wording.number, "p"),
     )
@@ -242,15 +277,11 @@ def _site_row(s: SiteLine, tops: Sequence[float]) -> list[Cell | str]:
 
 def splits(document: Document, rows: int) -> Markup:
     """Return what each part of the data was used for and how often it was opened."""
-    del rows
+    parts, rest = _some(document.splits, rows, lambda s: float(s.opened))
     columns = [Column("Split"), Column("Samples", True), Column("Opened", True), Column("Used for")]
-    body = [
-        [s.name, _maybe(s.samples, lambda v: wording.whole(int(v))), Cell("once" if s.opened == 1 else f"{s.opened} times", s.opened), s.use]
-        for s in document.splits
-    ]  # fmt: skip
-    return table(
-        "The data, and how often each part was looked at. Numbers in the verdict come from the report split.",
-        columns,
-        body,
-        "splits",
-    )
+    body: list[list[Cell | str]] = []
+    for s in parts:
+        opened = Cell("once" if s.opened == 1 else f"{s.opened} times", s.opened)
+        body.append([s.name, _maybe(s.samples, wording.whole), opened, s.use])
+    caption = "The data, and how often each part was looked at. Numbers in the verdict come from the report split."
+    return table(caption + rest, columns, body, "splits")

@@ -62,11 +62,11 @@ def _comparison(document: Document) -> Table:
     models = [m for m in (document.before, document.after) if m is not None]
     grid = _table("", *(m.label for m in models))
     rows: tuple[tuple[str, Callable[[Measured], str | None]], ...] = (
-        (_score_name(models), lambda m: m.score and wording.score(m.score)),
-        ("", lambda m: m.score and wording.score_detail(m.score)),
+        (_score_name(models), lambda m: None if m.score is None else wording.score(m.score)),
+        ("", lambda m: None if m.score is None else wording.score_detail(m.score)),
         ("size", lambda m: None if m.bytes is None else wording.size(m.bytes)),
         ("latency", lambda m: None if m.milliseconds is None else wording.duration(m.milliseconds)),
-        ("FLOPs", lambda m: None if m.flops is None else wording.flops(m.flops)),
+        ("FLOPs", lambda m: None if m.flops is None else wording.count(m.flops)),
         ("parameters", lambda m: None if m.parameters is None else wording.count(m.parameters)),
         ("peak memory", lambda m: None if m.peak_bytes is None else wording.size(m.peak_bytes)),
     )
@@ -95,7 +95,7 @@ def _sites(document: Document) -> Table:
     for s in document.sites:
         numbers = (
             (s.parameters, wording.count),
-            (s.flops, wording.flops),
+            (s.flops, wording.count),
             (s.share_of_time, wording.percent),
             (s.sensitivity, wording.number),
         )

@@ -7,6 +7,7 @@ no-break space stands before a unit, and a minus is a minus sign.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 from .document import Drop, Interval, Score, Speedup
@@ -16,13 +17,22 @@ THIN = "\u202f"
 NONE = "\u2013"
 
 GLOSSARY = (
-    ("measured", "Observed on this machine, on the data named here. Times are interleaved with what they are compared to;"
-     " sizes are the bytes of the real file; FLOPs and parameters are counted from the shapes."),
+    (
+        "measured",
+        "Observed on this machine, on the data named here. Times are interleaved with what they are compared to; sizes"
+        " are the bytes of the real file; FLOPs and parameters are counted from the shapes.",
+    ),
     ("statistical", "A statement about unseen data of the same kind that holds with the stated confidence."),
-    ("proved", "A theorem, its hypotheses named. No number in this report is called proved unless the theorem is named beside it."),
-    ("estimated", "Predicted from a model of the loss or of the cost. Shown in italics and hollow marks; it decides what is"
-     " tried, never what is claimed."),
-)  # fmt: skip
+    (
+        "proved",
+        "A theorem, its hypotheses named. No number here is called proved unless the theorem is named beside it.",
+    ),
+    (
+        "estimated",
+        "Predicted from a model of the loss or of the cost. Shown in italics and hollow marks; it decides what is"
+        " tried, never what is claimed.",
+    ),
+)
 """The four words and what each of them promises."""
 
 
@@ -31,16 +41,21 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
-    if not -5 <= exponent < 7:
+    if not -4 <= exponent < 7:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(power)}".replace("-", "\u2212")
     text = f"{value:.{max(0, digits - 1 - exponent)}f}"
     return text.replace("-", "\u2212")
 
 
-def whole(value: int) -> str:
+def brief(value: float, write: Callable[[float], str] = number) -> str:
+    """Return a tick label: as `write` has it, without zeros that say nothing."""
+    return re.sub(r"\.0+(?!\d)|(\.\d*?[1-9])0+(?!\d)", r"\1", write(value))
+
+
+def whole(value: float) -> str:
     """Return an integer with its thousands set apart."""
-    return f"{value:,}".replace(",", THIN).replace("-", "\u2212")
+    return f"{value:,.0f}".replace(",", THIN).replace("-", "\u2212")
 
 
 def _scaled(value: float, steps: tuple[tuple[float, str], ...]) -> str:
@@ -53,7 +68,9 @@ def _scaled(value: float, steps: tuple[tuple[float, str], ...]) -> str:
 
 def size(value: float) -> str:
     """Return bytes in B, kB, MB or GB."""
-    return _scaled(value, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
+    if abs(value) < 999.5:
+        return f"{whole(value)}{NBSP}B"
+    return _scaled(value, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
 
 
 def duration(milliseconds: float) -> str:
@@ -61,14 +78,9 @@ def duration(milliseconds: float) -> str:
     return _scaled(milliseconds, ((1e3, "s"), (1, "ms"), (1e-3, "\u00b5s")))
 
 
-def flops(value: float) -> str:
-    """Return FLOPs with a decimal prefix."""
-    return _scaled(value, ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1e3, "kFLOPs"), (1, "FLOPs")))
-
-
 def count(value: float) -> str:
-    """Return a large count with its decimal prefix."""
-    return _scaled(value, ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))).rstrip(NBSP)
+    """Return a count with its decimal prefix."""
+    return whole(value) if abs(value) < 999.5 else _scaled(value, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
 
 
 def percent(share: float) -> str:
@@ -82,8 +94,8 @@ def points(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """Return a ratio with three significant digits and the times sign."""
-    return f"{number(value)}\u00d7"
+    """Return a ratio with the times sign, two decimals where three significant digits would be more."""
+    return f"{value:.2f}\u00d7" if 0.1 <= abs(value) < 10 else f"{number(value)}\u00d7"
 
 
 def span(interval: Interval, write: Callable[[float], str]) -> str:
@@ -139,7 +151,9 @@ def _how(method: str, confidence: float) -> str:
 
 def quantity(value: float, unit: str) -> str:
     """Return a number in a unit: bytes, ms and FLOPs get their prefixes, the rest stands as it is."""
-    known = {"bytes": size, "B": size, "ms": duration, "milliseconds": duration, "FLOPs": flops, "parameters": count}
+    known = {"bytes": size, "B": size, "ms": duration, "milliseconds": duration, "FLOPs": count, "parameters": count}
     if unit in known:
         return known[unit](value)
+    if unit == "points":
+        return f"{points(value)}{NBSP}points"
     return f"{number(value)}{NBSP}{unit}" if unit else number(value)
