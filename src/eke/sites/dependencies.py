@@ -87,7 +87,7 @@ def candidates(model: nn.Module, call: Callable[[nn.Module], object], *, ignore:
             continue
         reached = graph.follow(module, channels)
         for (member, side), pairs in reached.pairs.items():
-            if side == "out":
+            if side != "in":
                 covered[member].update(index for index, _ in pairs)
         found.append(_convert(model, name, reached, tied, ignored))
     return found

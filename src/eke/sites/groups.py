@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .._errors import suggest
 from .channels import ChannelGroup
 from .dependencies import Candidate, candidates
-from .proof import Bench, Choice, Inputs, call, cuda_devices, double_copy, prepare, random_keep
+from .proof import Bench, Inputs, call, cuda_devices, double_copy, prepare
 from .site import unwrap
 
 _SEED = 20240229
@@ -79,17 +79,16 @@ def prove_jointly(
     Returns:
         The groups that can be cut together, and (name, modules, reason) of the others.
     """
-    choices: list[Choice] = [(group, random_keep(group, generator)) for group in groups]
-    if not where.failure(choices):
+    if not where.prove(groups, generator):
         return list(groups), []
-    accepted: list[Choice] = []
+    accepted: list[ChannelGroup] = []
     failures: list[Failure] = []
-    for choice in choices:
-        if reason := where.failure([*accepted, choice]):
-            failures.append((choice[0].name, choice[0].modules, f"together with the groups before it, {reason}"))
+    for group in groups:
+        if reason := where.prove([*accepted, group], generator):
+            failures.append((group.name, group.modules, f"together with the groups before it, {reason}"))
         else:
-            accepted.append(choice)
-    return [group for group, _ in accepted], failures
+            accepted.append(group)
+    return accepted, failures
 
 
 def _prove_each(
@@ -104,10 +103,10 @@ def _prove_each(
             failures.append((candidate.root, candidate.modules, candidate.reason))
             continue
         cuttable = [group for group in candidate.groups if group.size > 1]
-        reasons = {group.name: where.failure([(group, random_keep(group, generator))]) for group in cuttable}
+        reasons = {group.name: where.prove([group], generator) for group in cuttable}
         paired = candidate.paired
         if any(reasons.values()) and paired is not None and paired.size > 1:
-            reason = where.failure([(paired, random_keep(paired, generator))])
+            reason = where.prove([paired], generator)
             if not reason:
                 proved.append(paired)
                 continue
@@ -130,8 +129,7 @@ def _warn(failures: Sequence[Failure]) -> None:
     if len(failures) > _SHOWN:
         lines.append(f"  and {len(failures) - _SHOWN} more: {', '.join(name for name, _, _ in failures[_SHOWN:])}")
     warnings.warn(
-        f"The channels of {len(failures)} layers stay whole, because no cut of them could be proved:\n"
-        + "\n".join(lines),
+        f"Channels that stay whole, because no cut of them could be proved ({len(failures)}):\n" + "\n".join(lines),
         stacklevel=3,
     )
 

@@ -31,7 +31,9 @@ Choice = tuple[ChannelGroup, Sequence[int]]
 
 _TOLERANCE = 1e-6
 _VISIBLE = 1e-8
-_SMALL = 64
+_SIZES = (32, 64)
+_DRAWS = 4
+_INVISIBLE = "cutting has no visible effect on the outputs, so it cannot be proved"
 
 
 def call(model: nn.Module, inputs: Inputs) -> object:
@@ -89,7 +91,7 @@ def randomize_(model: nn.Module, generator: torch.Generator, *, gain: float) -> 
                 if isinstance(module, nn.Embedding):
                     draw(parameter, 1.0)
                 elif "bias" in name:
-                    draw(parameter, 0.3)
+                    draw(parameter, 0.3, 0.5)  # positive on average: most ReLUs are open
                 elif sum(size > 1 for size in parameter.shape) < 2:
                     draw(parameter, 0.2, 1.0)
                 else:
@@ -102,13 +104,15 @@ def randomize_(model: nn.Module, generator: torch.Generator, *, gain: float) -> 
                 )
 
 
-def random_like(inputs: Inputs, generator: torch.Generator, *, small: bool = False, pair: bool = False) -> Inputs:
+def random_like(
+    inputs: Inputs, generator: torch.Generator, *, image_size: int | None = None, pair: bool = False
+) -> Inputs:
     """Draw inputs like the examples: floats are normal in float64, integers are the examples' own, shuffled.
 
     Args:
         inputs: Example inputs.
         generator: On the CPU.
-        small: Cut images (samples, channels, height, width) to at most 64 x 64.
+        image_size: Cut images (samples, channels, height, width) to at most this height and width.
         pair: Keep only two samples of every tensor.
 
     Returns:
@@ -121,8 +125,8 @@ def random_like(inputs: Inputs, generator: torch.Generator, *, small: bool = Fal
         leaf = leaf.detach()
         if pair and leaf.dim() > 1:
             leaf = leaf[:2]
-        if small and leaf.dim() == 4 and leaf.is_floating_point():
-            leaf = leaf[..., :_SMALL, :_SMALL]
+        if image_size is not None and leaf.dim() == 4 and leaf.is_floating_point():
+            leaf = leaf[..., :image_size, :image_size]
         if leaf.is_floating_point():
             return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
         if leaf.dtype is torch.bool or leaf.is_complex():
@@ -233,24 +237,45 @@ class Bench:
         effect = _difference(before, self.outputs)
         difference = _difference(after, before)
         if not effect > _VISIBLE:
-            return f"cutting has no visible effect on the outputs ({effect:.1e} relative), so it cannot be proved"
+            return _INVISIBLE
         if not difference <= _TOLERANCE * min(1.0, effect):
             return f"the cut model differs from the masked one by {difference:.1e} relative"
         return ""
 
+    def prove(self, groups: Sequence[ChannelGroup], generator: torch.Generator) -> str:
+        """Cut a random choice of channels of all groups at once; return '' if it is proved, else what went wrong.
+
+        A choice whose channels happen to be dead (behind a closed ReLU) proves nothing: another one is drawn.
+
+        Args:
+            groups: Each of at least two units.
+            generator: Draws the choices.
+
+        Returns:
+            A reason for people.
+        """
+        for _ in range(_DRAWS):
+            reason = self.failure([(group, random_keep(group, generator)) for group in groups])
+            if reason != _INVISIBLE:
+                break
+        return reason
+
     def smaller(self, examples: Inputs) -> Bench:
-        """Return a bench on the same weights with images of at most 64 x 64, or this one if the model refuses.
+        """Return a bench on the same weights with small images, or this one if the model refuses them.
 
         Args:
             examples: The user's example inputs.
         """
-        generator = torch.Generator().manual_seed(self.inputs_seed)
-        bench = Bench(self.model, random_like(examples, generator, small=True, pair=True), (), self.inputs_seed)
-        try:
-            bench = replace(bench, outputs=run(self.model, bench.inputs))
-        except Exception:
-            return self
-        return self if _dead(bench.outputs) else bench
+        for size in _SIZES:
+            generator = torch.Generator().manual_seed(self.inputs_seed)
+            inputs = random_like(examples, generator, image_size=size, pair=True)
+            try:
+                outputs = run(self.model, inputs)
+            except Exception:
+                continue
+            if not _dead(outputs):
+                return replace(self, inputs=inputs, outputs=outputs)
+        return self
 
 
 def prepare(model: nn.Module, examples: Inputs, *, seed: int = 0) -> Bench:
