@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from .removal import Consumer, Removal, RemovalOrder, greedy_removal, removal_scores, remove_columns
+from .solution import Solution
+from .sweep import sweep
 
 __all__ = [
     "Consumer",
     "Removal",
     "RemovalOrder",
+    "Solution",
     "greedy_removal",
     "removal_scores",
     "remove_columns",
+    "sweep",
 ]
