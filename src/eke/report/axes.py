@@ -87,7 +87,7 @@ def fit(values: Iterable[float], start: float, end: float, *, log: bool | None =
     if log:
         room = max((high / low) ** pad, 1.15)
         return Scale(low / room, high * room, start, end, log=True)
-    room = max(pad * (high - low), 1e-12, 0.02 * abs(high) if high == low else 0.0)
+    room = max(pad * (high - low), 1e-12, (0.02 * abs(high) or 1.0) if high == low else 0.0)
     return Scale(low - room, high + room, start, end)
 
 

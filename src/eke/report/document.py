@@ -279,7 +279,7 @@ class Document:
 
     def to_json(self) -> str:
         """Return the document as JSON text that `from_json` reads back to an equal document."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, source: str | bytes | Mapping[str, Any]) -> Self:

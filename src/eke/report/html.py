@@ -12,13 +12,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 
 from . import summary, tables, wording
 from .document import Document
-from .markup import Markup, escape, h, join, word
+from .markup import Markup, escape, h, join, listing, word
 
 LIMIT_BYTES = 400_000
 PLAN_LEAD = (
@@ -27,6 +28,16 @@ PLAN_LEAD = (
 CALIBRATION_LEAD = "How far the planner can be trusted here."
 LIMITS = ((420, 120), (420, 70), (300, 60), (210, 60), (120, 60), (60, 40), (25, 25))
 """Rows a table and points a chart, from the first choice to the last resort."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its id, its title, what is in it, and a line under the title."""
+
+    name: str
+    title: str
+    content: Markup
+    lead: str = ""
 
 
 def render(document: Document) -> str:
@@ -89,7 +100,8 @@ def _page(document: Document, rows: int, points: int) -> str:
         h("link", {"rel": "icon", "href": "data:,"}),
         h("style", {}, style),
     )
-    return f"<!doctype html>\n{h('html', {'lang': 'en'}, head, _body(_sections(document, rows, points), document, script))}\n"
+    body = _body(_sections(document, rows, points), document, script)
+    return f"<!doctype html>\n{h('html', {'lang': 'en'}, head, body)}\n"
 
 
 def _policy(script: str) -> str:
@@ -99,9 +111,8 @@ def _policy(script: str) -> str:
     return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
-def _body(drawn: list[tuple[str, str, Markup, str]], document: Document, script: Markup) -> Markup:
-    sections = [s for s in drawn if s[2]]
-    links = [h("li", {}, h("a", {"href": f"#{name}"}, title)) for name, title, _, _ in sections]
+def _body(sections: Sequence[Section], document: Document, script: Markup) -> Markup:
+    links = [h("li", {}, h("a", {"href": f"#{s.name}"}, s.title)) for s in sections]
     theme = h("button", {"type": "button", "id": "theme", "hidden": True}, "Dark page")
     foot = f"Written by eke {document.eke_version}. report.json holds the same numbers, schema {document.schema}."
     return h(
@@ -111,63 +122,50 @@ def _body(drawn: list[tuple[str, str, Markup, str]], document: Document, script:
         h("div", {"class": "masthead"}, h("span", {"class": "brand"}, "eke"), theme),
         summary.header(document, _date(document.created)),
         h("nav", {"aria-label": "Contents"}, h("ol", {}, links)),
-        h("main", {"id": "main", "tabindex": -1}, [_section(*section) for section in sections]),
+        h("main", {"id": "main", "tabindex": -1}, [_section(s) for s in sections]),
         h("footer", {}, h("p", {}, foot)),
         h("script", {}, script),
     )
 
 
-def _section(name: str, title: str, content: Markup, lead: str) -> Markup:
-    heading = h("div", {"class": "rail"}, h("h2", {"id": f"{name}-heading"}, title), h("p", {}, lead) if lead else None)
-    return h(
-        "section", {"id": name, "aria-labelledby": f"{name}-heading"}, heading, h("div", {"class": "content"}, content)
-    )
+def _section(section: Section) -> Markup:
+    heading = f"{section.name}-heading"
+    lead = h("p", {}, section.lead) if section.lead else None
+    rail = h("div", {"class": "rail"}, h("h2", {"id": heading}, section.title), lead)
+    frame = {"id": section.name, "aria-labelledby": heading}
+    return h("section", frame, rail, h("div", {"class": "content"}, section.content))
 
 
-def _sections(document: Document, rows: int, points: int) -> list[tuple[str, str, Markup, str]]:
-    """Return id, title, inside and the line under the title of every section; an empty inside drops it."""
+def _sections(document: Document, rows: int, points: int) -> list[Section]:
+    """Return the sections that have something to show."""
+    d = document
 
     def when(data: object, draw: Callable[[Document, int], Markup], most: int = rows) -> Markup:
-        return draw(document, most) if data else Markup("")
+        return draw(d, most) if data else Markup("")
 
-    d = document
+    rounds = listing("ol", "prose", [r.text for r in d.rounds])
+    first = listing("ul", "warnings", d.warnings)
     compared = "The model" if d.kind == "inspect" else "Before and after"
-    return [
-        (
-            "read-first",
-            "Read first",
-            summary.warnings(d) if d.warnings else Markup(""),
-            "What limits the claims below.",
+    calibration = when(d.calibration, tables.calibration, 2 * points)
+    drawn = [
+        Section("read-first", "Read first", first, "What limits the claims below."),
+        Section("asked", "Asked and got", summary.budget(d) if d.budget else Markup("")),
+        Section("result", compared, summary.result(d), "All measured on this machine."),
+        Section("trade-off", "Trade-off", when(d.front, tables.front, points), "Up and to the left is better."),
+        Section("what-changed", "The plan", when(d.plan, tables.plan), PLAN_LEAD),
+        Section(
+            "rivals", "Controls", when(d.controls, tables.controls), "What else the same effort could have bought."
         ),
-        ("asked", "Asked and got", summary.budget(d) if d.budget else Markup(""), ""),
-        ("result", compared, summary.result(d), "All measured on this machine."),
-        ("trade-off", "Trade-off", when(d.front, tables.front, points), "Up and to the left is better."),
-        ("what-changed", "The plan", when(d.plan, tables.plan), PLAN_LEAD),
-        ("rivals", "Controls", when(d.controls, tables.controls), "What else the same effort could have bought."),
-        (
-            "prediction",
-            "Predicted against measured",
-            when(d.calibration, tables.calibration, 2 * points),
-            CALIBRATION_LEAD,
-        ),
-        ("model-sites", "Sites", when(d.sites, tables.sites), "Where the weight, the time and the risk are."),
-        ("data", "Data", when(d.splits, tables.splits), ""),
-        ("planning", "Rounds", _rounds(d), "How the plan was corrected by measurement."),
-        ("remarks", "Notes", _notes(d), ""),
-        ("machine", "Environment", _environment(d), ""),
-        ("repeat", "Reproduce", _reproduce(d), ""),
-        ("words", "The four words", _glossary(), "Every number stands under one of them."),
+        Section("prediction", "Predicted against measured", calibration, CALIBRATION_LEAD),
+        Section("model-sites", "Sites", when(d.sites, tables.sites), "Where the weight, the time and the risk are."),
+        Section("data", "Data", when(d.splits, tables.splits)),
+        Section("planning", "Rounds", rounds, "How the plan was corrected by measurement."),
+        Section("remarks", "Notes", listing("ul", "prose", d.notes)),
+        Section("machine", "Environment", _environment(d)),
+        Section("repeat", "Reproduce", _reproduce(d)),
+        Section("words", "The four words", _glossary(), "Every number stands under one of them."),
     ]
-
-
-def _rounds(document: Document) -> Markup:
-    items = [h("li", {"value": r.number}, r.text) for r in document.rounds[:100]]
-    return h("ol", {"class": "prose"}, items) if items else Markup("")
-
-
-def _notes(document: Document) -> Markup:
-    items = [h("li", {}, n) for n in document.notes[:40]]
-    return h("ul", {"class": "prose"}, items) if items else Markup("")
+    return [section for section in drawn if section.content]
 
 
 def _environment(document: Document) -> Markup:

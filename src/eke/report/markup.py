@@ -107,6 +107,24 @@ def word(name: str) -> Markup:
     return h("span", {"class": f"word {name}"}, name)
 
 
+def listing(name: str, css: str, texts: Sequence[str], most: int = 40) -> Markup:
+    """Build a list of texts, saying how many did not fit.
+
+    Args:
+        name: "ul" or "ol".
+        css: Its class.
+        texts: One an item.
+        most: Most items to show.
+
+    Returns:
+        The list; nothing for no texts.
+    """
+    shown = list(texts[:most])
+    if len(texts) > most:
+        shown.append(f"{len(texts) - most} more are in report.json.")
+    return h(name, {"class": css}, [h("li", {}, text) for text in shown]) if shown else Markup("")
+
+
 def table(caption: Child, columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], name: str) -> Markup:
     """Build a table that scrolls inside its own region when the page is narrow; the page's script makes it sortable.
 

@@ -7,6 +7,7 @@ wrong types, numbers that are not finite and intervals that are upside down. Kno
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -52,6 +53,7 @@ def _same_keys(hints: dict[str, Any], value: Any, where: str) -> None:
             raise ValueError(f"{where} lacks the key {key!r}; required: {allowed}.")
 
 
+@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}

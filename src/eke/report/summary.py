@@ -71,11 +71,6 @@ def _verdict(document: Document, state: Markup) -> Markup:
     )
 
 
-def warnings(document: Document) -> Markup:
-    """Return what must be read first."""
-    return h("ul", {"class": "warnings"}, [h("li", {}, w) for w in document.warnings[:40]])
-
-
 def budget(document: Document) -> Markup:
     """Return the table of asked limits, each with its gauge."""
     columns = [

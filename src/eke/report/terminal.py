@@ -17,6 +17,9 @@ from .document import Document, Measured
 from .markup import printable
 from .summary import verdict_words
 
+SITES = 30
+"""Most sites a terminal is asked to show."""
+
 
 def render(document: Document, console: Console) -> None:
     """Print the summary and the verdict.
@@ -29,7 +32,7 @@ def render(document: Document, console: Console) -> None:
     if document.before or document.after:
         console.print(_comparison(document))
     for speedup in document.speedups:
-        claim = "faster" if speedup.claimed else "no speed-up claimed"
+        claim = "faster" if speedup.claimed else "(no speed-up claimed)"
         _say(
             console,
             f"  {wording.ratio(speedup.ratio)} {claim}: {wording.speed_detail(speedup)}, against {speedup.against}",
@@ -63,7 +66,7 @@ def _comparison(document: Document) -> Table:
     grid = _table("", *(m.label for m in models))
     rows: tuple[tuple[str, Callable[[Measured], str | None]], ...] = (
         (_score_name(models), lambda m: None if m.score is None else wording.score(m.score)),
-        ("", lambda m: None if m.score is None else wording.score_detail(m.score)),
+        ("", lambda m: None if m.score is None else "\n".join(wording.score_detail(m.score).split(", ", 1))),
         ("size", lambda m: None if m.bytes is None else wording.size(m.bytes)),
         ("latency", lambda m: None if m.milliseconds is None else wording.duration(m.milliseconds)),
         ("FLOPs", lambda m: None if m.flops is None else wording.count(m.flops)),
@@ -91,9 +94,10 @@ def _budget(document: Document) -> Table:
 
 
 def _sites(document: Document) -> Table:
-    grid = _table("site", "kind", "parameters", "FLOPs", "time", "sensitivity")
-    for s in document.sites:
-        numbers = (
+    grid = _table("site", "kind", "parameters", "FLOPs", "time", "sensitivity (estimated)")
+    shown = sorted(document.sites, key=lambda s: (-(s.share_of_time or 0.0), -(s.parameters or 0)))[:SITES]
+    for s in shown:
+        numbers: tuple[tuple[float | None, Callable[[float], str]], ...] = (
             (s.parameters, wording.count),
             (s.flops, wording.count),
             (s.share_of_time, wording.percent),
@@ -101,4 +105,6 @@ def _sites(document: Document) -> Table:
         )
         cells = [wording.NONE if v is None else write(v) for v, write in numbers]
         grid.add_row(*(Text(printable(c)) for c in (s.name, s.kind, *cells)))
+    if len(shown) < len(document.sites):
+        grid.caption = f"the {len(shown)} that take most time of {len(document.sites)}"
     return grid
