@@ -44,6 +44,25 @@ def _example(name: str) -> str:
     return f"'0.5x', '50%' or '{absolute[name]}'" if name in absolute else "'1%' or 0.01"
 
 
+def show(name: str, value: float) -> str:
+    """Write a resource's value with a unit that suits its magnitude.
+
+    Args:
+        name: One of `RESOURCES`.
+        value: Seconds, bytes, multiply-adds or a count.
+
+    Returns:
+        Text such as "4.7 MB".
+    """
+    if name == "latency":
+        return f"{1e3 * value:.3g} ms"
+    unit = {"size": "B", "peak_memory": "B", "macs": "MAC", "parameters": ""}[name]
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}".rstrip()
+    return f"{value:.4g} {unit}".rstrip()
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits for `compress`; what is None is not limited.

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
+from .budget import RESOURCES, show
+
 Table = NDArray[np.float64]
 
 
@@ -265,6 +267,10 @@ def choose(
     return Plan(picks, total(terms, picks), reached, time.perf_counter() - start)
 
 
+def _show(name: str, value: float) -> str:
+    return show(name, value) if name in RESOURCES else f"{value:.4g}"
+
+
 def _infeasible(
     program: _Program,
     choices: Sequence[Choice],
@@ -283,7 +289,7 @@ def _infeasible(
     if solution is None:
         return InfeasibleError(f"No plan was found within {seconds} s for the limits {dict(limits)}.", {})
     nearest = total(terms, _read(program, choices, solution))
-    text = ", ".join(f"{name} {nearest[name]:.4g} (limit {limit:.4g})" for name, limit in limits.items())
+    text = ", ".join(f"{name} {_show(name, nearest[name])} (limit {_show(name, limit)})" for name, limit in limits.items())
     return InfeasibleError(
         f"The budget is below the smallest plan. Nearest feasible: {text}. Raise the limits or allow more structures.", nearest
     )

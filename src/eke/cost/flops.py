@@ -161,19 +161,19 @@ def _packed_weight(x: Tensor, packed: Any, *_: Any, out_val: Tensor, **__: Any) 
 
 
 def _one_recurrent_layer(x: Tensor, *args: Any, **_: Any) -> int:
-    """Return the FLOPs of the input and the recurrent matrix, once for each step and sample; x: (steps, batch, features)."""
+    """Return the FLOPs of input and recurrent matrix for each step and sample; x: (steps, batch, features)."""
     rows = x.numel() // max(1, x.shape[-1])
     return 2 * rows * int(args[0].numel() + args[1].numel())
 
 
 def _fused_recurrent(x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -> int:
-    """Return the FLOPs of all layers and directions at once (cuDNN, MIOpen); biases are the vectors among the weights."""
+    """Return the FLOPs of all layers and directions at once (cuDNN, MIOpen); vectors among the weights are biases."""
     rows = x.numel() // max(1, x.shape[-1])
     return 2 * rows * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
 
 def _fused_attention(*args: Any, **_: Any) -> int:
-    """Return the FLOPs of packed input projection, scores, weighted sum and output projection; x: (batch, steps, width)."""
+    """Return the FLOPs of input projection, scores, weighted sum, output projection; x: (batch, steps, width)."""
     query, key, _value, width, _heads, qkv_weight, _qkv_bias, out_weight = args[:8]
     batch, steps, keys = query.shape[0], query.shape[1], key.shape[1]
     inputs = batch * (steps + 2 * keys) * (qkv_weight.numel() // 3)

@@ -72,7 +72,7 @@ def module_times(
 
 
 def _innermost(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """Return the modules that ran without calling another; attention counts although it owns a projection it never calls."""
+    """Return the modules that ran and called no other; attention is one, as it never calls the projection it owns."""
     names = {module: name for name, module in model.named_modules()}
     stack: list[nn.Module] = []
     ran: dict[str, nn.Module] = {}

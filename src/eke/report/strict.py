@@ -26,7 +26,7 @@ def build(hint: Any, value: Any, where: str) -> Any:
         The value; a missing key, an unknown key or something else than an object is a ValueError.
     """
     if is_dataclass(hint):
-        hints = _hints(hint)
+        hints = _hints(hint)  # type: ignore[arg-type]
         _same_keys(hints, value, where)
         return hint(**{key: build(h, value[key], f"{where}.{key}") for key, h in hints.items()})  # type: ignore[operator]
     arguments = get_args(hint)
@@ -74,7 +74,7 @@ def check(value: Any, hint: Any, where: str) -> None:
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         _need(isinstance(value, hint), where, hint.__name__, value)  # type: ignore[arg-type, union-attr]
-        for key, inner in _hints(hint).items():
+        for key, inner in _hints(hint).items():  # type: ignore[arg-type]
             check(getattr(value, key), inner, f"{where}.{key}")
     elif origin in (Union, UnionType):
         if value is not None:

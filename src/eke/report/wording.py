@@ -6,7 +6,6 @@ no-break space stands before a unit, and a minus is a minus sign.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 
@@ -40,11 +39,9 @@ def number(value: float, digits: int = 3) -> str:
     """Return a number with `digits` significant digits, never more than needed."""
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if not -4 <= exponent < 7:
-        mantissa, power = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa}e{int(power)}".replace("-", "\u2212")
-    text = f"{value:.{max(0, digits - 1 - exponent)}f}"
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    exponent = int(power)
+    text = f"{value:.{max(0, digits - 1 - exponent)}f}" if -4 <= exponent < 7 else f"{mantissa}e{exponent}"
     return text.replace("-", "\u2212")
 
 

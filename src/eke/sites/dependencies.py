@@ -11,6 +11,7 @@ Cost: one forward pass with gradients, then about channels x modules steps in Py
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,14 @@ _FOLLOWED = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
 )
+_UPDATES = {
+    "_ConcatOp": "update_concat_index_mapping",
+    "_SplitOp": "update_split_index_mapping",
+    "_ReshapeOp": "update_reshape_index_mapping",
+    "_UnbindOp": "update_unbind_index_mapping",
+    "_ExpandOp": "update_expand_index_mapping",
+    "_SliceOp": "update_slice_index_mapping",
+}
 _MAX_STEPS = 4_000_000
 
 
@@ -93,6 +102,19 @@ def candidates(model: nn.Module, call: Callable[[nn.Module], object], *, ignore:
     return found
 
 
+def _map_what_can_be_mapped(graph: Any) -> None:
+    """Give each operation its index map alone, where mapping all at once failed in one of them.
+
+    An operation without a map passes indices on as they are; where that is wrong the proof finds out.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    for node in list(graph.module2node.values()):
+        if update := getattr(index_mapping, _UPDATES.get(type(node.module).__name__, ""), None):
+            with contextlib.suppress(Exception):
+                update(graph, node)
+
+
 @dataclass(frozen=True)
 class _Reached:
     pairs: dict[Key, list[Pair]]
@@ -128,9 +150,14 @@ class _Graph:
 
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph.build_dependency(
-                model, (), forward_fn=lambda net, _: call(net), output_transform=outputs, verbose=False
-            )
+            try:
+                graph.build_dependency(
+                    model, (), forward_fn=lambda net, _: call(net), output_transform=outputs, verbose=False
+                )
+            except Exception:
+                if not hasattr(graph, "module2node"):
+                    raise
+                _map_what_can_be_mapped(graph)
         return cls(graph, model)
 
     def follow(self, root: nn.Module, channels: Sequence[int]) -> _Reached:

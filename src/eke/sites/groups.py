@@ -52,9 +52,13 @@ def channel_groups(
     inputs = _as_inputs(example_inputs)
     double = double_copy(model)
     full = prepare(double, inputs, seed=_SEED)
-    with torch.random.fork_rng(cuda_devices(double)):
-        torch.manual_seed(0)
-        proposed = candidates(double, lambda net: call(net, _with_gradients(full.inputs)), ignore=ignored)
+    try:
+        with torch.random.fork_rng(cuda_devices(double)):
+            torch.manual_seed(0)
+            proposed = candidates(double, lambda net: call(net, _with_gradients(full.inputs)), ignore=ignored)
+    except Exception as error:
+        _warn([(type(model).__name__, (), f"its operations could not be traced ({type(error).__name__}: {error})")])
+        return []
     for parameter in double.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(_SEED)

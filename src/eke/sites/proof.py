@@ -31,7 +31,7 @@ Choice = tuple[ChannelGroup, Sequence[int]]
 
 _TOLERANCE = 1e-6
 _VISIBLE = 1e-8
-_SIZES = (32, 64)
+_SMALLER = ((2, 32), (2, 64), (1, None))  # samples, image size
 _DRAWS = 4
 _INVISIBLE = "cutting has no visible effect on the outputs, so it cannot be proved"
 
@@ -80,8 +80,8 @@ def randomize_(model: nn.Module, generator: torch.Generator, *, gain: float) -> 
     """
 
     def draw(tensor: Tensor, scale: float, shift: float = 0.0) -> None:
-        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.copy_(values * scale + shift)
+        values = tensor if tensor.device.type == "cpu" else torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensor.copy_(values.normal_(shift, scale, generator=generator))
 
     with torch.no_grad():
         for module in model.modules():
@@ -105,15 +105,15 @@ def randomize_(model: nn.Module, generator: torch.Generator, *, gain: float) -> 
 
 
 def random_like(
-    inputs: Inputs, generator: torch.Generator, *, image_size: int | None = None, pair: bool = False
+    inputs: Inputs, generator: torch.Generator, *, samples: int | None = None, image_size: int | None = None
 ) -> Inputs:
     """Draw inputs like the examples: floats are normal in float64, integers are the examples' own, shuffled.
 
     Args:
         inputs: Example inputs.
         generator: On the CPU.
+        samples: Keep at most this many samples of every tensor of more than one dimension.
         image_size: Cut images (samples, channels, height, width) to at most this height and width.
-        pair: Keep only two samples of every tensor.
 
     Returns:
         Inputs of the same structure.
@@ -123,8 +123,8 @@ def random_like(
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.detach()
-        if pair and leaf.dim() > 1:
-            leaf = leaf[:2]
+        if samples is not None and leaf.dim() > 1:
+            leaf = leaf[:samples]
         if image_size is not None and leaf.dim() == 4 and leaf.is_floating_point():
             leaf = leaf[..., :image_size, :image_size]
         if leaf.is_floating_point():
@@ -261,14 +261,14 @@ class Bench:
         return reason
 
     def smaller(self, examples: Inputs) -> Bench:
-        """Return a bench on the same weights with small images, or this one if the model refuses them.
+        """Return a bench on the same weights with small images or one sample, or this one if the model refuses them.
 
         Args:
             examples: The user's example inputs.
         """
-        for size in _SIZES:
+        for samples, size in _SMALLER:
             generator = torch.Generator().manual_seed(self.inputs_seed)
-            inputs = random_like(examples, generator, image_size=size, pair=True)
+            inputs = random_like(examples, generator, samples=samples, image_size=size)
             try:
                 outputs = run(self.model, inputs)
             except Exception:
@@ -295,8 +295,8 @@ def prepare(model: nn.Module, examples: Inputs, *, seed: int = 0) -> Bench:
     problem = ""
     for gain in (math.sqrt(2), 1.0, 0.5):
         randomize_(model, torch.Generator().manual_seed(seed), gain=gain)
-        for pair in (True, False):
-            inputs = random_like(examples, torch.Generator().manual_seed(seed), pair=pair)
+        for samples in (2, None):
+            inputs = random_like(examples, torch.Generator().manual_seed(seed), samples=samples)
             try:
                 outputs = run(model, inputs)
             except Exception as error:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from .both import Both, BothPacked
 from .grids import Packed, UniformGrid
+from .low_rank import LowRank, LowRankPacked
 from .packing import pack, unpack
-from .structure import ColumnRule, Exactness, Structure, Sweepable, straight_through
+from .sparse import NM, Rows, Sparse, SparsePacked, Unstructured
+from .structure import ColumnRule, Exactness, Structure, Supported, Sweepable, straight_through
 
 __all__ = [
+    "NM",
+    "Both",
+    "BothPacked",
     "ColumnRule",
     "Exactness",
+    "LowRank",
+    "LowRankPacked",
     "Packed",
+    "Rows",
+    "Sparse",
+    "SparsePacked",
     "Structure",
+    "Supported",
     "Sweepable",
     "UniformGrid",
+    "Unstructured",
     "pack",
     "straight_through",
     "unpack",

@@ -48,6 +48,14 @@ class Sweepable(Protocol):
         """Fix scales or supports from v (m, n) and return the rule that rounds one column."""
 
 
+@runtime_checkable
+class Supported(Protocol):
+    """A structure whose members are zero outside a support, which solvers refit."""
+
+    def support(self, v: Tensor, score: Tensor | None = None) -> Tensor:
+        """Return the entries that the projection of v (m, n) keeps, bool (m, n)."""
+
+
 def straight_through(structure: Structure, v: Tensor, score: Tensor | None = None) -> Tensor:
     """Project in the forward pass and pass the gradient through unchanged.
 

@@ -1,0 +1,133 @@
+"""Checks at the boundary of `compress`: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._types import Batch, Counts, Loss
+from .intervals import samples_to_prove
+from .task import Forward, evaluating
+
+
+def count_samples(batch: Batch) -> int:
+    """Return the leading dimension of a batch's first tensor, 1 if there is none."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return int(leaf.shape[0])
+    return 1
+
+
+def check_batches(batches: Iterable[Batch]) -> tuple[int, Batch]:
+    """Refuse data that can be read once only, are empty or hold values that are not finite.
+
+    Args:
+        batches: Calibration batches.
+
+    Returns:
+        Number of samples, and the first batch.
+
+    Raises:
+        TypeError: if the batches cannot be iterated.
+        ValueError: if they are an iterator, empty, or a floating point value is not finite (names the batch).
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches is an iterator ({type(batches).__name__}) that is used up after one pass, and compress reads the data several "
+            "times: pass the DataLoader itself, or list(batches)."
+        )
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list or a DataLoader, got {type(batches).__name__}.")
+    samples, first = 0, None
+    for index, batch in enumerate(batches):
+        first = batch if index == 0 else first
+        samples += count_samples(batch)
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                bad = int((~torch.isfinite(leaf)).sum())
+                raise ValueError(f"Calibration batch {index} holds {bad} values that are not finite: clean the data.")
+    if first is None:
+        raise ValueError("batches gave 0 batches: pass a list or a DataLoader that is not empty.")
+    return samples, first
+
+
+def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward) -> None:
+    """Run model and loss on the first batch, and say what does not fit.
+
+    Args:
+        model: The model.
+        batch: First calibration batch.
+        loss: `loss(model, batch)`.
+        forward: Calls the model on a batch.
+
+    Raises:
+        TypeError: if the loss returns no tensor.
+        ValueError: if the model cannot run on the batch, or the loss is no finite scalar.
+    """
+    with evaluating(model):
+        try:
+            forward(model, batch)
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            wanted = next((p.dtype for p in model.parameters()), None)
+            raise ValueError(
+                f"The model does not run on the first calibration batch, {describe(batch)} (parameters are {wanted}): "
+                f"{_first_line(error)}. Make the loader yield what the model takes, or pass forward=."
+            ) from error
+        value: Any = loss(model, batch)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss(model, batch) must return a scalar tensor, got {type(value).__name__}.")
+    if value.numel() != 1:
+        raise ValueError(f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean.")
+    if not bool(torch.isfinite(value)):
+        raise ValueError(f"loss(model, batch) is {float(value)} on calibration batch 0: check the loss and its targets.")
+
+
+def check_report(score: float | Counts, drop: float | None) -> None:
+    """Refuse a budget on the drop that so few samples could never prove.
+
+    Args:
+        score: Of the original model.
+        drop: Largest allowed drop as a share.
+
+    Raises:
+        ValueError: if even two models that never differ would not prove it; says how many samples are needed.
+    """
+    if isinstance(score, Counts) and drop is not None:
+        check_samples(score.total, drop)
+
+
+def check_samples(total: int, drop: float) -> None:
+    """Refuse a report split that is too small to prove a drop.
+
+    Args:
+        total: Its samples.
+        drop: Largest allowed drop as a share.
+
+    Raises:
+        ValueError: if even two models that never differ would not prove it; says how many samples are needed.
+    """
+    needed = samples_to_prove(drop)
+    if total < needed:
+        raise ValueError(
+            f"{total} samples cannot prove a drop of at most {100 * drop:g} points with 95 % confidence, even if the models never "
+            f"differ: at least {needed} are needed. Give more samples or allow a larger drop."
+        )
+
+
+def describe(tree: Any) -> str:
+    """Write a batch as types and shapes."""
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        return "(" + ", ".join(describe(value) for value in tree) + ")"
+    return type(tree).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,235 @@
+"""Measure what a model costs and how good it is, with the words that belong to each number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import cost
+from .._types import Counts, Evaluate
+from ..report import Drop, Measured, Score
+from ..sites import Surgery
+from .apply import shaped, surgery
+from .candidates import Widths
+from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
+from .intervals import paired_outcomes, unpaired_difference, wilson
+from .tables import Counter, Shapes, Timing, designs, fit_timing
+from .task import evaluating
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Positional or keyword arguments of a model."""
+
+
+def positional(inputs: Inputs) -> tuple[Any, ...]:
+    """Return the inputs as `cost` takes them: positional, or one mapping."""
+    return (inputs,) if isinstance(inputs, dict) else inputs
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model on its inputs."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def runner(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """Return a function that runs the model once without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return call(model, inputs)
+
+    return run
+
+
+def batch_size(inputs: Inputs) -> int | None:
+    """Return the leading dimension of the first tensor."""
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    return next((int(v.shape[0]) for v in values if isinstance(v, Tensor) and v.ndim), None)
+
+
+def costs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Return the costs that are the same on every machine: multiply-adds, parameters, bytes, peak memory.
+
+    Args:
+        model: In evaluation mode.
+        inputs: Example inputs.
+
+    Returns:
+        By resource; "size" is that of a plain safetensors file.
+    """
+    arguments = positional(inputs)
+    return {
+        "macs": cost.flops(model, *arguments) / 2,
+        "parameters": float(cost.parameters(model)),
+        "size": float(cost.model_bytes(model)),
+        "peak_memory": float(cost.peak_memory(model, *arguments)),
+    }
+
+
+def checked_score(value: float | Counts, *, of: str) -> float | Counts:
+    """Refuse what is no score.
+
+    Args:
+        value: What `evaluate` returned.
+        of: What was evaluated, for the message.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: if it is neither a number nor counts.
+        ValueError: if it is not finite or counts nothing.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = float(value)
+    if isinstance(value, Counts):
+        if value.total == 0:
+            raise ValueError(f"evaluate counted 0 samples for {of}: pass a loader that can be iterated more than once.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"evaluate must return a float or eke.Counts, got {type(value).__name__} for {of}.")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"evaluate returned {value} for {of}: check the metric and the data.")
+    return float(value)
+
+
+def evaluate_on(model: nn.Module, evaluate: Evaluate, *, of: str) -> float | Counts:
+    """Evaluate a model in evaluation mode and check the score."""
+    with evaluating(model):
+        return checked_score(evaluate(model), of=of)
+
+
+def as_number(value: float | Counts) -> float:
+    """Return a score as one number, larger is better."""
+    return value.share if isinstance(value, Counts) else value
+
+
+def as_score(value: float | Counts, *, name: str = "accuracy") -> Score:
+    """Return a score with its interval, as reports show it."""
+    if isinstance(value, Counts):
+        interval = wilson(value.correct, value.total)
+        return Score(value.share, value.correct, value.total, interval, 0.95, "Wilson score", name)
+    return Score(value, name="score")
+
+
+def drop_between(before: float | Counts, after: float | Counts, *, limit: float | None) -> Drop:
+    """Return by how much the second score is below the first.
+
+    Args:
+        before: Score of the original.
+        after: Score of the compressed model.
+        limit: Largest allowed drop as a share (of one for counts, of the first score otherwise).
+
+    Returns:
+        Points for counts (hundredths), units of the score otherwise.
+    """
+    if isinstance(before, Counts) and isinstance(after, Counts):
+        if before.outcomes is not None and after.outcomes is not None and before.total == after.total:
+            difference, interval = paired_outcomes(before.outcomes, after.outcomes)
+            method = "paired score interval (Tango)"
+        else:
+            pair = (before.correct, before.total), (after.correct, after.total)
+            difference, interval = unpaired_difference(*pair)
+            method = "hybrid score interval (Newcombe), unpaired"
+        proved = limit is not None and interval[1] <= limit
+        points = None if limit is None else 100 * limit
+        return Drop(100 * difference, (100 * interval[0], 100 * interval[1]), 0.95, method, proved, points)
+    first, second = as_number(before), as_number(after)
+    return Drop(first - second, None, 0.95, "no interval for a plain score", False, None if limit is None else limit * abs(first))
+
+
+def as_measured(label: str, resources: Mapping[str, float], score: float | Counts | None) -> Measured:
+    """Return measured costs and score as reports show them."""
+    seconds = resources.get("latency")
+    return Measured(
+        label,
+        as_score(score) if score is not None else None,
+        bytes=round(resources["size"]),
+        parameters=round(resources["parameters"]),
+        flops=round(2 * resources["macs"]),
+        milliseconds=1e3 * seconds if seconds is not None else None,
+        peak_bytes=round(resources["peak_memory"]),
+    )
+
+
+def lossless(
+    model: nn.Module, inputs: Inputs, *, seconds: float = 2.0, threads: int | None = None
+) -> tuple[list[Pair], str, dict[str, float]]:
+    """Choose what costs no quality by measurement: folding, and the memory format.
+
+    Args:
+        model: The original in evaluation mode.
+        inputs: Example inputs.
+        seconds: Budget of the measurement.
+        threads: Torch threads.
+
+    Returns:
+        Pairs to fold, the memory format, and the measured seconds of each variant ("original" is the model itself).
+    """
+
+    def quietly(net: nn.Module) -> Any:
+        with torch.no_grad():
+            return call(net, inputs)
+
+    pairs = foldable(model, quietly)
+    nets = {"original": model}
+    for fold in (False, True) if pairs else (False,):
+        for name in ("contiguous", "channels_last"):
+            if not fold and name == "contiguous":
+                continue
+            net = copy.deepcopy(model).eval()
+            if fold:
+                fold_batchnorm_(net, pairs)
+            set_memory_format_(net, name)
+            nets[f"{'folded, ' if fold else ''}{name}"] = net
+    measured = cost.interleave({name: runner(net, inputs) for name, net in nets.items()}, seconds=seconds, threads=threads)
+    times = {name: latency.lower_quartile for name, latency in measured.items()}
+    best = min(times, key=lambda name: times[name])
+    # A tie within noise goes to folding, which also saves bytes, in the plain format.
+    if pairs and times["folded, contiguous"] <= 1.02 * times[best]:
+        best = "folded, contiguous"
+    folded = pairs if best.startswith("folded") else []
+    return folded, "channels_last" if best.endswith("channels_last") else "contiguous", times
+
+
+def timing(
+    model: nn.Module,
+    inputs: Inputs,
+    widths: Sequence[Widths],
+    *,
+    dimensions: Shapes,
+    folded: Sequence[Pair],
+    memory_format: str,
+    seconds: float = 8.0,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Timing:
+    """Measure cut nets in place and fit the time of every module.
+
+    Args:
+        model: The original.
+        inputs: Example inputs.
+        widths: Candidates of its channel groups.
+        dimensions: Of its tensors.
+        folded: Pairs that are folded.
+        memory_format: Of the weights.
+        seconds: Budget of the measurements.
+        seed: Of the designs.
+        threads: Torch threads.
+
+    Returns:
+        The fit.
+    """
+    counter = Counter.of(widths)
+    chosen = designs(counter, count=2 + 2 * max((len(w.kept) for w in widths), default=0), seed=seed)
+    arguments = positional(inputs)
+    times = []
+    for picks in chosen:
+        net = shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format)
+        times.append(cost.module_times(net, *arguments, seconds=seconds / len(chosen), threads=threads))
+    base = shaped(model, Surgery(), folded=folded, memory_format=memory_format)
+    whole = cost.latency(runner(base, inputs), seconds=0.5, threads=threads).lower_quartile
+    return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)

@@ -1,0 +1,270 @@
+"""What `compress` returns: the model, the plan, what was measured before and after, and how to keep it."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+from torch import nn
+
+from .._types import Counts
+from .._version import __version__
+from ..report import (
+    BudgetLine,
+    Control,
+    Document,
+    FrontPoint,
+    Measured,
+    PlanLine,
+    Round,
+    Speedup,
+    Split,
+    Verdict,
+    html,
+)
+from .artifact import Blueprint, save
+from .budget import RESOURCES, Budget, show
+from .checkpoint import write_bytes
+from .measure import as_measured, as_score, drop_between
+from .plan import Plan
+
+_UNITS = {"latency": ("ms", 1e3), "size": ("bytes", 1.0), "macs": ("MAC", 1.0), "parameters": ("", 1.0), "peak_memory": ("bytes", 1.0)}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a run measured.
+
+    Args:
+        before: Costs of the original by resource.
+        after: Costs of the result by resource.
+        scores: Scores by label: "before" and "after" on the report split, "selection before", "selection after",
+            "before recovery" on the selection split.
+        speedups: Of the result against the original and against the untouched net, folded.
+        plan: One line a decision.
+        rounds: What each planning round did.
+        splits: How the data were used.
+        notes: Remarks for readers.
+        warnings: What readers must know.
+        environment: Machine and versions.
+        lossless: Seconds of the variants that cost no quality.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    scores: Mapping[str, float | Counts]
+    speedups: tuple[Speedup, ...]
+    plan: tuple[PlanLine, ...]
+    rounds: tuple[Round, ...]
+    splits: tuple[Split, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    environment: Mapping[str, str]
+    lossless: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model with its proof.
+
+    Args:
+        model: The compressed model, in evaluation mode.
+        plan: The chosen options and what was predicted for them.
+        budget: What was asked.
+        blueprint: What was done to the architecture.
+        evidence: What was measured.
+        recipe: What repeats the run.
+        title: Of the report.
+    """
+
+    model: nn.Module
+    plan: Plan
+    budget: Budget
+    blueprint: Blueprint
+    evidence: Evidence
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    title: str = "model"
+
+    @property
+    def before(self) -> Measured:
+        """The original as measured: score, bytes, parameters, FLOPs, milliseconds, peak bytes."""
+        return as_measured("original", self.evidence.before, self.evidence.scores["before"])
+
+    @property
+    def after(self) -> Measured:
+        """The result as measured."""
+        return as_measured("compressed", self.evidence.after, self.evidence.scores["after"])
+
+    @property
+    def budget_lines(self) -> tuple[BudgetLine, ...]:
+        """One line a limit: asked, measured, met."""
+        return budget_lines(self.budget, self.evidence)
+
+    @property
+    def met(self) -> bool:
+        """Whether every limit is met by what was measured."""
+        return all(line.met for line in self.budget_lines)
+
+    def document(self, *, verified: bool = False) -> Document:
+        """Return the report.
+
+        Args:
+            verified: Whether the saved artifact was loaded in a fresh process and measured there.
+        """
+        return document(self, verified=verified)
+
+    def save(self, folder: str | pathlib.Path, *, verified: bool = False) -> pathlib.Path:
+        """Write the artifact: weights, plan, recipe and report; each file whole or absent.
+
+        Args:
+            folder: Made if it is not there.
+            verified: Whether the saved artifact was already loaded and measured in a fresh process.
+
+        Returns:
+            The folder.
+        """
+        folder = pathlib.Path(folder)
+        save(folder, self.model, self.blueprint, decisions=[{"site": p.site, "change": p.change} for p in self.evidence.plan])
+        text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
+        write_bytes(folder / "recipe.yaml", text.encode())
+        write_report(folder, self.document(verified=verified))
+        return folder
+
+
+def write_report(folder: pathlib.Path, report: Document) -> None:
+    """Write report.json and report.html.
+
+    Args:
+        folder: The artifact.
+        report: The document.
+    """
+    write_bytes(folder / "report.json", report.to_json().encode())
+    write_bytes(folder / "report.html", html.render(report).encode())
+
+
+def mark_verified(folder: pathlib.Path) -> Document:
+    """Record in an artifact's report that it was loaded and measured in a fresh process.
+
+    Args:
+        folder: The artifact.
+
+    Returns:
+        The new report.
+    """
+    report = Document.from_json((folder / "report.json").read_text())
+    text = report.verdict.text.replace(_UNVERIFIED, _VERIFIED)
+    report = replace(report, verdict=replace(report.verdict, verified=True, text=text))
+    write_report(folder, report)
+    return report
+
+
+_UNVERIFIED = "Not yet reloaded in a fresh process."
+_VERIFIED = "Reloaded in a fresh process: the same."
+
+
+def budget_lines(budget: Budget, evidence: Evidence) -> tuple[BudgetLine, ...]:
+    """Compare what was asked with what was measured.
+
+    Args:
+        budget: The limits.
+        evidence: The measurements.
+
+    Returns:
+        One line a limit.
+    """
+    lines = []
+    if budget.drop is not None:
+        drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=budget.drop)
+        points = isinstance(evidence.scores["before"], Counts)
+        met = drop.limit is not None and drop.points <= drop.limit
+        lines.append(BudgetLine("drop", str(budget.max_drop), drop.limit, drop.points, "points" if points else "", met))
+    for name in RESOURCES:
+        limit = budget.limit(name, before=evidence.before[name])
+        if limit is not None:
+            unit, factor = _UNITS[name]
+            value = evidence.after[name]
+            asked = str(getattr(budget, name))
+            lines.append(BudgetLine(name.replace("_", " "), asked, factor * limit, factor * value, unit, value <= limit))
+    return tuple(lines)
+
+
+def _sentence(result: Result, lines: Sequence[BudgetLine], *, verified: bool) -> str:
+    evidence = result.evidence
+    speed = evidence.speedups[0]
+    smaller = evidence.before["size"] / evidence.after["size"]
+    faster = f"{speed.ratio:.2f}x faster" if speed.claimed else "no speed-up that could be proved"
+    drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=result.budget.drop)
+    unit = "points" if isinstance(evidence.scores["before"], Counts) else "of the score"
+    change = f"{abs(drop.points):.2f} {unit} {'lost' if drop.points > 0 else 'gained'}"
+    missed = [line.name for line in lines if not line.met]
+    verdict = "Budget met" if not missed else f"Budget not met ({', '.join(missed)})"
+    return f"{verdict}: {faster}, file {smaller:.1f}x smaller, {change}. {_VERIFIED if verified else _UNVERIFIED}"
+
+
+def document(result: Result, *, verified: bool) -> Document:
+    """Build the report of a result.
+
+    Args:
+        result: The result.
+        verified: Whether the saved artifact was loaded in a fresh process and measured there.
+
+    Returns:
+        The document.
+    """
+    evidence, lines = result.evidence, result.budget_lines
+    before, after = result.before, result.after
+    folded = evidence.lossless.get("seconds")
+    control = Control(
+        "original, folded",
+        "The untouched network with what costs no quality: batch normalisation folded, memory format as in the result.",
+        before.score,
+        speedup=evidence.speedups[1] if len(evidence.speedups) > 1 else None,
+        bytes=round(evidence.lossless["size"]) if "size" in evidence.lossless else None,
+        milliseconds=1e3 * folded if folded is not None else None,
+    )
+    recovery = evidence.scores.get("before recovery")
+    points = [
+        FrontPoint("original", "original", before.score.value if before.score else None, before.score.interval if before.score else None, before.bytes, before.milliseconds, before.flops),
+        FrontPoint("compressed", "chosen", after.score.value if after.score else None, after.score.interval if after.score else None, after.bytes, after.milliseconds, after.flops),
+        FrontPoint("original, folded", "control", before.score.value if before.score else None, before.score.interval if before.score else None, control.bytes, control.milliseconds, before.flops),
+    ]
+    if recovery is not None:
+        score = as_score(recovery)
+        points.append(FrontPoint("compressed, before recovery (selection split)", "plan", score.value, score.interval, after.bytes, after.milliseconds, after.flops))
+    return Document(
+        kind="compress",
+        title=result.title,
+        eke_version=__version__,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        verdict=Verdict(all(line.met for line in lines), verified, _sentence(result, lines, verified=verified)),
+        budget=lines,
+        before=before,
+        after=after,
+        drop=drop_between(evidence.scores["before"], evidence.scores["after"], limit=result.budget.drop),
+        speedups=evidence.speedups,
+        plan=evidence.plan,
+        front=tuple(points),
+        controls=(control,),
+        splits=evidence.splits,
+        rounds=evidence.rounds,
+        notes=evidence.notes,
+        warnings=evidence.warnings,
+        environment=dict(evidence.environment),
+        recipe=yaml.safe_dump(dict(result.recipe), sort_keys=False) if result.recipe else None,
+    )
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """Write costs in one line.
+
+    Args:
+        resources: Values by resource.
+
+    Returns:
+        Text such as "latency 3.1 ms, size 98.2 kB".
+    """
+    return ", ".join(f"{name.replace('_', ' ')} {show(name, resources[name])}" for name in RESOURCES if name in resources)

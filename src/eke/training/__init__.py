@@ -1,0 +1,7 @@
+"""The one training loop of the package."""
+
+from __future__ import annotations
+
+from .loop import run
+
+__all__ = ["run"]
