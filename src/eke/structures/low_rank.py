@@ -132,4 +132,5 @@ class LowRank:
 def truncate(matrix: Tensor, rank: int) -> Tensor:
     """Return the closest matrix (m, n) of this rank in the Frobenius norm."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    nearest: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return nearest
