@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from eke.report.axes import Scale, fit
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eke.report.axes import Scale, fit
 
 VALUES = st.lists(st.floats(1e-9, 1e12), min_size=1, max_size=8)
 

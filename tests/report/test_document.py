@@ -6,6 +6,7 @@ import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+
 from eke.report import SCHEMA, BudgetLine, Document, Measured, Score, Speedup, Verdict
 
 from .cases import CASES, good, tiny

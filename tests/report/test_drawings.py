@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+
 from eke.report import Calibrated, Drop, FrontPoint, Speedup, html, wording
 from eke.report.charts import COSTS, SHAPES, calibration_chart, front_chart, known_costs
 from eke.report.strips import Strip, drop_plot, gauge, seal
@@ -105,8 +106,15 @@ def test_a_right_prediction_lies_on_the_diagonal():
 
 
 @pytest.mark.parametrize(
-    "drop", [good().drop, Drop(-0.1, (-0.4, 0.2), 0.95, "paired", True, 0.5), Drop(0.3), Drop(0.0), Drop(2.0, (1.0, 3.0), limit=0.0)]
-)  # fmt: skip
+    "drop",
+    [
+        good().drop,
+        Drop(-0.1, (-0.4, 0.2), 0.95, "paired", True, 0.5),
+        Drop(0.3),
+        Drop(0.0),
+        Drop(2.0, (1.0, 3.0), limit=0.0),
+    ],
+)
 def test_drop_plot_says_what_it_shows(drop):
     made = drop_plot(drop)
     described = ET.fromstring(made).find("desc").text

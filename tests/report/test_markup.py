@@ -5,9 +5,10 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
-from eke.report.markup import Cell, Column, Markup, escape, h, join, listing, table
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eke.report.markup import Cell, Column, Markup, escape, h, join, listing, table
 
 
 class Reader(HTMLParser):

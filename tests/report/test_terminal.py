@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from eke.report import terminal, wording
 from rich.console import Console
+
+from eke.report import terminal, wording
 
 from .cases import CASES, good, inspect
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import pytest
+
 from eke.report import Drop, Score, Speedup, wording
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0"), (1, "1.00"), (12.345, "12.3"), (123.4, "123"), (0.00123456, "0.00123"), (-0.5, "\u22120.500"),
-        (1234567.0, "1234567"), (1e9, "1.00e9"), (1.5e-7, "1.50e\u22127"), (-2.5e-9, "\u22122.50e\u22129"),
+        (0, "0"),
+        (1, "1.00"),
+        (12.345, "12.3"),
+        (123.4, "123"),
+        (0.00123456, "0.00123"),
+        (-0.5, "\u22120.500"),
+        (1234567.0, "1234567"),
+        (1e9, "1.00e9"),
+        (1.5e-7, "1.50e\u22127"),
+        (-2.5e-9, "\u22122.50e\u22129"),
     ],
-)  # fmt: skip
+)
 def test_number_keeps_three_digits(value, text):
     assert wording.number(value) == text
 
@@ -20,22 +29,36 @@ def test_number_keeps_three_digits(value, text):
 @pytest.mark.parametrize(
     ("write", "value", "text"),
     [
-        (wording.size, 0, "0 B"), (wording.size, 999, "999 B"), (wording.size, 999.7, "1.00 kB"),
-        (wording.size, 96_800, "96.8 kB"), (wording.size, 999_700, "1.00 MB"), (wording.size, 3.2e9, "3.20 GB"),
-        (wording.duration, 6.31, "6.31 ms"), (wording.duration, 0.0021, "2.10 µs"), (wording.duration, 2500, "2.50 s"),
-        (wording.count, 12, "12"), (wording.count, 79e6, "79.0 M"), (wording.count, 3.5e12, "3.50 T"),
-        (wording.percent, 0.91684, "91.68 %"), (wording.points, -0.1, "\u22120.10"),
-        (wording.ratio, 3.388, "3.39×"), (wording.ratio, 12.81, "12.8×"), (wording.ratio, 0.98, "0.98×"),
-        (wording.level, 0.95, "95 %"), (wording.level, 0.999, "99.9 %"), (wording.whole, 45_000, "45\u202f000"),
+        (wording.size, 0, "0 B"),
+        (wording.size, 999, "999 B"),
+        (wording.size, 999.7, "1.00 kB"),
+        (wording.size, 96_800, "96.8 kB"),
+        (wording.size, 999_700, "1.00 MB"),
+        (wording.size, 3.2e9, "3.20 GB"),
+        (wording.duration, 6.31, "6.31 ms"),
+        (wording.duration, 0.0021, "2.10 µs"),
+        (wording.duration, 2500, "2.50 s"),
+        (wording.count, 12, "12"),
+        (wording.count, 79e6, "79.0 M"),
+        (wording.count, 3.5e12, "3.50 T"),
+        (wording.percent, 0.91684, "91.68 %"),
+        (wording.points, -0.1, "\u22120.10"),
+        (wording.ratio, 3.388, "3.39×"),
+        (wording.ratio, 12.81, "12.8×"),
+        (wording.ratio, 0.98, "0.98×"),
+        (wording.level, 0.95, "95 %"),
+        (wording.level, 0.999, "99.9 %"),
+        (wording.whole, 45_000, "45\u202f000"),
     ],
-)  # fmt: skip
+)
 def test_units(write, value, text):
     assert write(value).replace(wording.NBSP, " ") == text
 
 
 @pytest.mark.parametrize(
-    ("text", "brief"), [("1.00 ms", "1 ms"), ("2.50", "2.5"), ("100", "100"), ("10.0 %", "10 %"), ("1.00e9", "1e9"), ("0.0100", "0.01")]
-)  # fmt: skip
+    ("text", "brief"),
+    [("1.00 ms", "1 ms"), ("2.50", "2.5"), ("100", "100"), ("10.0 %", "10 %"), ("1.00e9", "1e9"), ("0.0100", "0.01")],
+)
 def test_ticks_lose_zeros_that_say_nothing(text, brief):
     assert wording.brief(1.0, lambda _: text) == brief
 

@@ -88,8 +88,10 @@ def _budget_row(b: BudgetLine) -> list[Cell | str]:
     said = {True: "\u2713 met", False: "\u2717 not met", None: "\u2013 open"}[b.met]
     drawn = gauge(b.measured, b.limit, b.met) if b.measured is not None and b.limit is not None else None
     got = wording.quantity(b.measured, b.unit) if b.measured is not None else wording.NONE
-    spelled = b.limit is not None and b.unit not in {"points", "%"}
-    asked = f"{b.asked} ({wording.quantity(b.limit, b.unit)})" if b.limit is not None and spelled else b.asked
+    asked = b.asked
+    if b.limit is not None and b.unit not in {"points", "%"}:
+        limit = wording.quantity(b.limit, b.unit)
+        asked = limit if limit.replace(wording.NBSP, " ") == b.asked else f"{b.asked} ({limit})"
     return [b.name, asked, Cell(got, b.measured), Cell(drawn), said]
 
 
