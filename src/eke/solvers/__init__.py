@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from .admm import admm
+from .low_rank import weighted_low_rank
+from .reconstruct import reconstruct
+from .refit import refit
 from .removal import Consumer, Removal, RemovalOrder, greedy_removal, removal_scores, remove_columns
 from .solution import Solution
 from .sweep import sweep
@@ -11,8 +15,12 @@ __all__ = [
     "Removal",
     "RemovalOrder",
     "Solution",
+    "admm",
     "greedy_removal",
+    "reconstruct",
+    "refit",
     "removal_scores",
     "remove_columns",
     "sweep",
+    "weighted_low_rank",
 ]

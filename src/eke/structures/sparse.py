@@ -169,7 +169,8 @@ class NM(Sparse):
         check_shape(self, shape)
         if shape[1] % self.m:
             raise ValueError(
-                f"{self} needs a number of columns divisible by {self.m}, got {tuple(shape)}; leave the site out with skip=."
+                f"{self} needs a number of columns divisible by {self.m}, got {tuple(shape)}; "
+                "leave the site out with skip=."
             )
 
     def kept(self, shape: tuple[int, int]) -> int:
