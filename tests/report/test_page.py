@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from eke.report import html
@@ -64,6 +66,23 @@ def test_page_never_scrolls_sideways(tab, folder, name, width):
     tab.resize(width, 800)
     tab.open(folder / f"{name}.html")
     assert tab.ask("document.documentElement.scrollWidth") <= width
+
+
+def test_words_without_a_break_are_broken(tab, tmp_path):
+    long = "w" * 250
+    document = replace(
+        good(),
+        title=long,
+        verdict=replace(good().verdict, text=long),
+        plan=(PlanLine(long, long),),
+        warnings=(long,),
+        environment={long: long},
+        eke_version=long,
+    )
+    html.write(document, tmp_path / "long.html")
+    tab.resize(320, 800)
+    tab.open(tmp_path / "long.html")
+    assert tab.ask("document.documentElement.scrollWidth") <= 320
 
 
 FOCUSED = "document.activeElement"
