@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from eke.report import html
+from eke.report import PlanLine, html
 
 from .browser import chromium, executable
 from .cases import CASES, good, huge
