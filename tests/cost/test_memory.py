@@ -44,7 +44,11 @@ SHARED = nn.Linear(10, 10)
 # (name, module, entries of 4 bytes at the peak, input of 30 included)
 CASES = [
     ("linear", nn.Linear(10, 20), 220 + 30 + 60),
-    ("two layers, second activation alive with the first", nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 5)), 415),
+    (
+        "two layers, second activation alive with the first",
+        nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 5)),
+        WEIGHTS + 30 + 75,
+    ),
     ("activation out of place", nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)), WEIGHTS + 30 + 120),
     ("activation in place", nn.Sequential(nn.Linear(10, 20), nn.ReLU(True), nn.Linear(20, 5)), WEIGHTS + 30 + 75),
     ("view", nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (10, 3)), nn.Identity()), 30),

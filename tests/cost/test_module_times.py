@@ -133,7 +133,7 @@ def test_compiled_models_are_refused():
             super().__init__()
             self._orig_mod = nn.Linear(3, 4)
 
-    with pytest.raises(ValueError, match="Compiled is compiled .* pass model._orig_mod"):
+    with pytest.raises(ValueError, match=r"Compiled is compiled .* pass model\._orig_mod"):
         module_times(Compiled().eval(), X)
 
 

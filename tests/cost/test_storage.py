@@ -76,11 +76,11 @@ def test_model_bytes_changes_nothing():
 def test_model_bytes_needs_data():
     with torch.device("meta"):
         net = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="'weight' is torch.strided on meta; load or densify"):
+    with pytest.raises(ValueError, match=r"'weight' is torch\.strided on meta; load or densify"):
         model_bytes(net)
     sparse = nn.Module()
     sparse.register_buffer("w", torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match="'w' is torch.sparse_coo on cpu"):
+    with pytest.raises(ValueError, match=r"'w' is torch\.sparse_coo on cpu"):
         model_bytes(sparse)
 
 
@@ -105,7 +105,7 @@ def test_any_file_counts_as_it_is(tmp_path):
 
 
 def test_nothing_there_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is nothing at '.*missing'"):
+    with pytest.raises(FileNotFoundError, match=r"there is nothing at '.*missing'"):
         stored_bytes(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"no weights in the folder .* counts model\.safetensors, or else"):
         stored_bytes(tmp_path)

@@ -11,6 +11,9 @@ Source: H. Kuensch, "The jackknife and the bootstrap for general stationary obse
 J. Romano, "A circular block-resampling procedure for stationary data", 1992; R. Fisher,
 "The Design of Experiments", 1935.
 
+Under heavy load the ratio leans towards 1, as interruptions add the same slice to both sides: speed-ups are missed
+then, not invented.
+
 Threads are pinned for the measurement and restored; the garbage collector is off while timing.
 Cost: the given seconds, warm-up included, unless one call is so slow that the fewest rounds take longer.
 """
