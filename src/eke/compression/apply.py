@@ -115,7 +115,9 @@ def _compensate_(net: nn.Module, site: Site, removed: torch.Tensor, curvature: C
             bias.copy_(removal.bias)
 
 
-def recalibrate_(model: nn.Module, lessons: Lessons, *, forward: Forward, batch_size: int = 256, most: int = 2048) -> None:
+def recalibrate_(
+    model: nn.Module, lessons: Lessons, *, forward: Forward, batch_size: int = 256, most: int = 2048
+) -> None:
     """Estimate the running statistics of batch normalisation anew, in place.
 
     Args:

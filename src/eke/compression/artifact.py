@@ -128,7 +128,9 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
     sites = _by_name(model)
     unknown = sorted(set(grids) - set(sites))
     if unknown:
-        raise ValueError(f"The artifact packs {unknown[:4]}, which this model does not have: build the same architecture.")
+        raise ValueError(
+            f"The artifact packs {unknown[:4]}, which this model does not have: build the same architecture."
+        )
     state = model.state_dict()
     packed = {sites[name].parameter_name for name in grids}
     aliases = {other for site in sites.values() for other in site.tied}
@@ -214,7 +216,9 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     """
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
-            unfinished = " A run that was interrupted there continues with --resume." if (folder / ".run").exists() else ""
+            unfinished = (
+                " A run that was interrupted there continues with --resume." if (folder / ".run").exists() else ""
+            )
             raise FileNotFoundError(f"{folder} is not an eke artifact: it has no {name}.{unfinished}")
     document = read_json(folder / PLAN)
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -19,7 +19,9 @@ _UNITS: Mapping[str, Mapping[str, float]] = {
     "parameters": {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9},
 }
 _UNITS = {**_UNITS, "peak_memory": _UNITS["size"]}
-_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)(?:\s*/\s*([0-9]*\.?[0-9]+))?\s*([a-z%]*)\s*$", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"^\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)(?:\s*/\s*([0-9]*\.?[0-9]+))?\s*([a-z%]*)\s*$", re.IGNORECASE
+)
 
 RESOURCES = ("latency", "size", "macs", "parameters", "peak_memory")
 """Costs that a budget can limit, in the order in which reports show them."""
@@ -144,4 +146,6 @@ class Budget:
 
     def to_json(self) -> dict[str, str | float]:
         """The limits that are set, as written."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+        return {
+            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
+        }

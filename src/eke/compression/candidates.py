@@ -160,7 +160,9 @@ def grid_candidates(
             continue
         matrix = site.read(model)
         score = curvature.diagonal(site.name).to(matrix)
-        losses = [max(0.0, float(curvature.quadratic(site.name, s.project(matrix, score) - matrix))) for s in structures]
+        losses = [
+            max(0.0, float(curvature.quadratic(site.name, s.project(matrix, score) - matrix))) for s in structures
+        ]
         proposed.append(Grids(site, (*structures, None), (*losses, 0.0)))
     return proposed
 
@@ -198,4 +200,3 @@ def from_json(
     ]
     grids = [Grids(by_site[n], (*structures, None), tuple(losses)) for n, losses in document["grids"].items()]
     return widths, grids
-

@@ -40,7 +40,8 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(
-            error.errno, f"{path} could not be written ({error.strerror}); nothing there was changed. Free space and continue with --resume"
+            error.errno,
+            f"{path} could not be written ({error.strerror}); nothing there was changed. Free space and continue with --resume",
         ) from error
 
 
@@ -88,7 +89,9 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, Tensor], metadata: M
     except Exception as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) or "Error" in type(error).__name__:
-            raise OSError(f"{path} could not be written ({error}); nothing there was changed. Free space and continue with --resume") from error
+            raise OSError(
+                f"{path} could not be written ({error}); nothing there was changed. Free space and continue with --resume"
+            ) from error
         raise
 
 

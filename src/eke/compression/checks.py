@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .._types import Batch, Counts, Loss
 from .intervals import samples_to_prove
-from .task import Forward, evaluating
+from .task import Forward, Task, accuracy, evaluating
 
 
 def count_samples(batch: Batch) -> int:
@@ -81,9 +81,13 @@ def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward) 
     if not isinstance(value, Tensor):
         raise TypeError(f"loss(model, batch) must return a scalar tensor, got {type(value).__name__}.")
     if value.numel() != 1:
-        raise ValueError(f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean.")
+        raise ValueError(
+            f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean."
+        )
     if not bool(torch.isfinite(value)):
-        raise ValueError(f"loss(model, batch) is {float(value)} on calibration batch 0: check the loss and its targets.")
+        raise ValueError(
+            f"loss(model, batch) is {float(value)} on calibration batch 0: check the loss and its targets."
+        )
 
 
 def check_report(score: float | Counts, drop: float | None) -> None:
@@ -98,6 +102,30 @@ def check_report(score: float | Counts, drop: float | None) -> None:
     """
     if isinstance(score, Counts) and drop is not None:
         check_samples(score.total, drop)
+
+
+def check_task(task: Task, drop: float | None) -> None:
+    """Refuse a task whose report split is empty, can be read once only, or is too small to prove the asked drop.
+
+    Args:
+        task: The splits. Of the report split only the number of samples is looked at.
+        drop: Largest allowed drop as a share.
+
+    Raises:
+        ValueError: if a split is an iterator, empty or too small.
+    """
+    for name in ("selection", "report"):
+        split = getattr(task, name)
+        if isinstance(split, Iterator):
+            raise ValueError(
+                f"The {name} split is an iterator ({type(split).__name__}) that is used up after one pass: pass the DataLoader "
+                "itself, or a list."
+            )
+        total = sum(count_samples(batch) for batch in split)
+        if total == 0:
+            raise ValueError(f"The {name} split gave 0 samples: pass a list or a DataLoader that is not empty.")
+        if name == "report" and drop is not None and task.score is accuracy:
+            check_samples(total, drop)
 
 
 def check_samples(total: int, drop: float) -> None:

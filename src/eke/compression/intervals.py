@@ -57,7 +57,9 @@ def _tango(b: int, c: int, n: int, delta: float) -> float:
     return shift / math.sqrt(variance)
 
 
-def paired_difference(only_first: int, only_second: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def paired_difference(
+    only_first: int, only_second: int, total: int, *, confidence: float = 0.95
+) -> tuple[float, float]:
     """Score interval of (share of the first) - (share of the second) on the same samples.
 
     Args:
@@ -104,7 +106,9 @@ def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) 
         ValueError: if the lengths differ.
     """
     if first.shape != second.shape:
-        raise ValueError(f"paired outcomes must have equal lengths, got {tuple(first.shape)} and {tuple(second.shape)}.")
+        raise ValueError(
+            f"paired outcomes must have equal lengths, got {tuple(first.shape)} and {tuple(second.shape)}."
+        )
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     total = first.numel()
     return (only_first - only_second) / total, paired_difference(only_first, only_second, total, confidence=confidence)

@@ -83,7 +83,9 @@ def collect(
             for leaf in pytree.tree_leaves(answer):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                     bad = int((~torch.isfinite(leaf)).sum())
-                    raise ValueError(f"The original model's output on calibration batch {index} has {bad} values that are not finite.")
+                    raise ValueError(
+                        f"The original model's output on calibration batch {index} has {bad} values that are not finite."
+                    )
             answers.append(answer)
     all_answers = _join(answers) if joined is not None else None
     if joined is None or all_answers is None:

@@ -50,6 +50,21 @@ def batch_size(inputs: Inputs) -> int | None:
     return next((int(v.shape[0]) for v in values if isinstance(v, Tensor) and v.ndim), None)
 
 
+def own_macs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Return the multiply-adds of each module without those of its children, by name.
+
+    Args:
+        model: The model.
+        inputs: Example inputs.
+    """
+    inside = cost.flops_by_module(model, *positional(inputs))
+    own = {name: count / 2 for name, count in inside.items()}
+    for name, count in inside.items():
+        if name:
+            own[name.rpartition(".")[0]] -= count / 2
+    return {name: count for name, count in own.items() if count}
+
+
 def costs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     """Return the costs that are the same on every machine: multiply-adds, parameters, bytes, peak memory.
 
@@ -138,7 +153,14 @@ def drop_between(before: float | Counts, after: float | Counts, *, limit: float 
         points = None if limit is None else 100 * limit
         return Drop(100 * difference, (100 * interval[0], 100 * interval[1]), 0.95, method, proved, points)
     first, second = as_number(before), as_number(after)
-    return Drop(first - second, None, 0.95, "no interval for a plain score", False, None if limit is None else limit * abs(first))
+    return Drop(
+        first - second,
+        None,
+        0.95,
+        "no interval for a plain score",
+        False,
+        None if limit is None else limit * abs(first),
+    )
 
 
 def as_measured(label: str, resources: Mapping[str, float], score: float | Counts | None) -> Measured:
@@ -185,7 +207,9 @@ def lossless(
                 fold_batchnorm_(net, pairs)
             set_memory_format_(net, name)
             nets[f"{'folded, ' if fold else ''}{name}"] = net
-    measured = cost.interleave({name: runner(net, inputs) for name, net in nets.items()}, seconds=seconds, threads=threads)
+    measured = cost.interleave(
+        {name: runner(net, inputs) for name, net in nets.items()}, seconds=seconds, threads=threads
+    )
     times = {name: latency.lower_quartile for name, latency in measured.items()}
     best = min(times, key=lambda name: times[name])
     # A tie within noise goes to folding, which also saves bytes, in the plain format.

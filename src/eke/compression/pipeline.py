@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from . import apply, candidates, measure, tables
 from .artifact import Blueprint, pack
 from .budget import RESOURCES, Budget
 from .checkpoint import Run, read_tensors, write_tensors
-from .checks import check_batches, check_report, check_runs
+from .checks import check_batches, check_report, check_runs, check_task
 from .deploy import Pair
 from .intervals import samples_to_prove
 from .lessons import Lessons, collect
@@ -36,7 +36,8 @@ from .measure import Inputs
 from .plan import InfeasibleError, Plan, Term, choose
 from .recover import Recovery, recover_
 from .result import Evidence, Result, describe
-from .task import Forward, evaluating, forward, split_batch
+from .task import Forward, Task, evaluating, split_batch
+from .task import forward as default_forward
 
 GRIDS = tuple(UniformGrid(bits) for bits in (8, 6, 5, 4, 3))
 """Grids that matrices may be stored on by default: one scale a row."""
@@ -94,14 +95,14 @@ class Space:
 
 def compress(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Task,
     *,
-    loss: Loss,
+    loss: Loss | None = None,
     budget: Budget,
     evaluate: Evaluate | None = None,
     report: Evaluate | None = None,
     example: Any = None,
-    forward: Forward = forward,
+    forward: Forward | None = None,
     grids: Sequence[UniformGrid] = GRIDS,
     recovery: Recovery | None = None,
     skip: Iterable[str] = (),
@@ -118,15 +119,16 @@ def compress(
     Args:
         model: The model; never changed. `torch.compile` and DDP wrappers are taken off.
         batches: Calibration batches, iterated several times: a list or a DataLoader, not an iterator. Some hundred
-            samples do for statistics; recovery learns from all of them.
-        loss: `loss(model, batch)`: mean loss of a batch.
+            samples do for statistics; recovery learns from all of them. Or a `Task`, which brings loss, evaluation,
+            report and forward with it.
+        loss: `loss(model, batch)`: mean loss of a batch; needed unless a `Task` brings it.
         budget: What may be spent.
         evaluate: `evaluate(model)`: score on the selection split, larger is better, as a float or `Counts`. Without
             it the score is minus the mean calibration loss.
         report: The same on the report split, opened once at the end. Without it the selection split is reported.
         example: What the model is called with for measurements: a tensor, tuple or dictionary; None takes the first
             calibration batch.
-        forward: Calls the model on a batch.
+        forward: Calls the model on a batch; None passes on the inputs of `(inputs, targets)` or of a dictionary.
         grids: Grids that matrices may be stored on.
         recovery: How to train after cutting; None for the default.
         skip: Modules or sites to leave as they are.
@@ -146,13 +148,17 @@ def compress(
         ValueError: if the data do not fit the model, nothing can be compressed, or no plan keeps the budget.
     """  # noqa: DOC502
     bare, remarks = _unwrapped(model)
-    samples, first = check_batches(batches)
-    inputs = _inputs(example, first)
+    task = _as_task(batches, loss=loss, forward=forward)
+    if isinstance(batches, Task):
+        evaluate = evaluate or (lambda net: task.score(net, task.selection))
+        report = report or (lambda net: task.score(net, task.report))
+        check_task(task, budget.drop)
+    samples, first = check_batches(task.calibration)
     job = Job(
-        bare, batches, loss, budget, evaluate, report, inputs, forward, tuple(grids), recovery or Recovery(), tuple(skip),
-        seed, threads, samples, progress or (lambda stage, share, text: None),
+        bare, task.calibration, task.loss, budget, evaluate, report, _inputs(example, first), task.forward, tuple(grids),
+        recovery or Recovery(), tuple(skip), seed, threads, samples, progress or (lambda stage, share, text: None),
     )  # fmt: skip
-    check_runs(bare, first, loss=loss, forward=forward)
+    check_runs(bare, first, loss=job.loss, forward=job.forward)
     notes, warnings = list(remarks), []
     selection = job.score(bare, of="the original model")
     if report is None:
@@ -160,18 +166,31 @@ def compress(
         check_report(selection, budget.drop)
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
     space = _space(job, run)
-    finished, plan, rounds = _planned(job, space, run)
+    plan, rounds = _planned(job, space, run)
     lessons = _lessons(job)
     net, early = _recovered(job, space, plan, lessons, run)
     blueprint = Blueprint(
-        apply.surgery(space.widths, plan.picks), space.folded, space.memory_format, apply.grids_of(space.grids, plan.picks)
+        apply.surgery(space.widths, plan.picks),
+        space.folded,
+        space.memory_format,
+        apply.grids_of(space.grids, plan.picks),
     )
     evidence = _verify(
         job, space, net, blueprint, plan=plan, rounds=rounds, run=run,
         scores={"selection before": selection, "before recovery": early}, notes=notes, warnings=warnings,
     )  # fmt: skip
-    del finished
     return Result(net, plan, budget, blueprint, evidence, dict(recipe or {}), title or type(bare).__name__)
+
+
+def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: Forward | None) -> Task:
+    if isinstance(batches, Task):
+        return replace(batches, loss=loss or batches.loss, forward=forward or batches.forward)
+    if loss is None:
+        raise TypeError(
+            "compress needs loss=, a function loss(model, batch) that returns the mean loss; for classifiers "
+            "eke.compression.cross_entropy."
+        )
+    return Task(batches, (), (), loss=loss, forward=forward or default_forward)
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -180,7 +199,9 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     bare = unwrap(model)
     if bare is model:
         return bare, []
-    return bare, [f"The model was wrapped in {type(model).__name__}: the wrapper was taken off and is not in the result."]
+    return bare, [
+        f"The model was wrapped in {type(model).__name__}: the wrapper was taken off and is not in the result."
+    ]
 
 
 def _inputs(example: Any, first: Batch) -> Inputs:
@@ -212,11 +233,17 @@ def _space(job: Job, run: Run) -> Space:
     if path is not None and path.exists():
         curvature = Curvature.load(path)
     else:
-        curvature = Curvature.estimate(job.model, job.loss, job.batches, sites=sites, max_samples=2048, max_locations=64)
+        curvature = Curvature.estimate(
+            job.model, job.loss, job.batches, sites=sites, max_samples=2048, max_locations=64
+        )
         if path is not None:
             curvature.save(path)
     job.progress("candidates", 0.0, "channel groups: proving every cut")
-    groups: list[ChannelGroup] = channel_groups(job.model, measure.positional(job.inputs) if not isinstance(job.inputs, dict) else job.inputs, ignore=_modules(job))
+    groups: list[ChannelGroup] = channel_groups(
+        job.model,
+        measure.positional(job.inputs) if not isinstance(job.inputs, dict) else job.inputs,
+        ignore=_modules(job),
+    )
     found = run.get("candidates")
     if found is None:
         widths = candidates.channel_candidates(job.model, groups, sites, curvature)
@@ -258,11 +285,13 @@ def _with_costs(
                 seed=job.seed, threads=job.threads,
             )  # fmt: skip
         fit = {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale}
-        known = run.put("costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit})
+        known = run.put(
+            "costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit}
+        )
     folded = [(str(layer), str(norm)) for layer, norm in known["folded"]]
     fit = known["fit"]
     timing = tables.Timing({k: tuple(v) for k, v in fit["modules"].items()}, tuple(fit["rest"]), fit["scale"])
-    macs = {name: count / 2 for name, count in cost.flops_by_module(job.model, *measure.positional(job.inputs)).items()}
+    macs = measure.own_macs(job.model, job.inputs)
     terms = [
         *tables.loss_terms(widths, grids),
         *tables.parameter_terms(job.model, dimensions, counter),
@@ -272,7 +301,15 @@ def _with_costs(
     ]
     lossless = {"seconds": _folded_seconds(known["times"], folded, known["memory_format"])}
     return Space(
-        sites, curvature, tuple(widths), tuple(grids), tuple(folded), known["memory_format"], lossless, known["before"], tuple(terms)
+        sites,
+        curvature,
+        tuple(widths),
+        tuple(grids),
+        tuple(folded),
+        known["memory_format"],
+        lossless,
+        known["before"],
+        tuple(terms),
     )
 
 
@@ -281,12 +318,12 @@ def _folded_seconds(times: Mapping[str, float], folded: Sequence[Pair], memory_f
     return times.get(name, times["original"])
 
 
-def _planned(job: Job, space: Space, run: Run) -> tuple[nn.Module | None, Plan, tuple[Round, ...]]:
+def _planned(job: Job, space: Space, run: Run) -> tuple[Plan, tuple[Round, ...]]:
     """Plan, measure what the plan costs, rescale and plan again; the best plan that keeps its limits."""
     stored = run.get("plan")
     if stored is not None:
         plan = Plan(stored["picks"], stored["predicted"], stored["gap"], stored["seconds"])
-        return None, plan, tuple(Round(int(r["number"]), str(r["text"])) for r in stored["rounds"])
+        return plan, tuple(Round(int(r["number"]), str(r["text"])) for r in stored["rounds"])
     limits = _limits(job.budget, space.before)
     decisions = tables.choices(space.widths, space.grids)
     correction = dict.fromkeys(RESOURCES, 1.0)
@@ -305,7 +342,13 @@ def _planned(job: Job, space: Space, run: Run) -> tuple[nn.Module | None, Plan, 
         after = _plan_costs(job, space, plan)
         missed = [name for name, limit in limits.items() if after[name] > limit]
         excess = max([after[name] / limits[name] for name in limits], default=0.0)
-        rounds.append(Round(number, f"measured {describe(after)}; " + (f"over the limit: {', '.join(missed)}" if missed else "within all limits")))
+        rounds.append(
+            Round(
+                number,
+                f"measured {describe(after)}; "
+                + (f"over the limit: {', '.join(missed)}" if missed else "within all limits"),
+            )
+        )
         key = (bool(missed), excess if missed else plan.predicted.get("loss", 0.0))
         if best is None or key < best[0]:
             best = (key, plan)
@@ -316,8 +359,17 @@ def _planned(job: Job, space: Space, run: Run) -> tuple[nn.Module | None, Plan, 
             correction[name] *= after[name] / max(plan.predicted[name], 1e-30)
     assert best is not None
     plan = best[1]
-    run.put("plan", {"picks": dict(plan.picks), "predicted": dict(plan.predicted), "gap": plan.gap, "seconds": plan.seconds, "rounds": [vars(r) for r in rounds]})
-    return None, plan, tuple(rounds)
+    run.put(
+        "plan",
+        {
+            "picks": dict(plan.picks),
+            "predicted": dict(plan.predicted),
+            "gap": plan.gap,
+            "seconds": plan.seconds,
+            "rounds": [vars(r) for r in rounds],
+        },
+    )
+    return plan, tuple(rounds)
 
 
 def _limits(budget: Budget, before: Mapping[str, float]) -> dict[str, float]:
@@ -329,7 +381,9 @@ def _limits(budget: Budget, before: Mapping[str, float]) -> dict[str, float]:
 
 def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:
     """Measure a plan's net before any training: its costs do not depend on its values."""
-    net = apply.shaped(job.model, apply.surgery(space.widths, plan.picks), folded=space.folded, memory_format=space.memory_format)
+    net = apply.shaped(
+        job.model, apply.surgery(space.widths, plan.picks), folded=space.folded, memory_format=space.memory_format
+    )
     after = measure.costs(net, job.inputs)
     grids = apply.grids_of(space.grids, plan.picks)
     for site, grid in apply.on_grids(net, grids).values():
@@ -343,7 +397,12 @@ def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:
 
 
 def _packed_bytes(net: nn.Module, grids: Mapping[str, UniformGrid]) -> int:
-    return len(serialise({name: tensor.detach().contiguous().clone() for name, tensor in pack(net, grids).items()}, {"format": "eke artifact 1"}))
+    return len(
+        serialise(
+            {name: tensor.detach().contiguous().clone() for name, tensor in pack(net, grids).items()},
+            {"format": "eke artifact 1"},
+        )
+    )
 
 
 def _lessons(job: Job) -> Lessons:
@@ -351,9 +410,7 @@ def _lessons(job: Job) -> Lessons:
     return collect(job.model, job.batches, forward=job.forward)
 
 
-def _recovered(
-    job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run
-) -> tuple[nn.Module, float | Counts]:
+def _recovered(job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run) -> tuple[nn.Module, float | Counts]:
     """Cut, recover and put on grids; the score between the first two is returned too."""
     net = apply.cut(job.model, space.widths, plan.picks, sites=space.sites, curvature=space.curvature)
     apply.recalibrate_(net, lessons, forward=job.forward)
@@ -396,7 +453,9 @@ def _verify(
     job.progress("verify", 0.3, "latency against the original")
     after = measure.costs(net, job.inputs)
     after["size"] = float(_packed_bytes(net, blueprint.grids))
-    base = apply.shaped(job.model, apply.surgery(space.widths, {}), folded=space.folded, memory_format=space.memory_format)
+    base = apply.shaped(
+        job.model, apply.surgery(space.widths, {}), folded=space.folded, memory_format=space.memory_format
+    )
     batch = measure.batch_size(job.inputs)
     with evaluating(job.model):
         speedups = []
@@ -404,7 +463,17 @@ def _verify(
             compared = cost.compare_latency(
                 measure.runner(rival, job.inputs), measure.runner(net, job.inputs), threads=job.threads, seed=job.seed
             )
-            speedups.append(Speedup(compared.ratio, compared.interval, compared.confidence, compared.faster, compared.threads, batch, against))
+            speedups.append(
+                Speedup(
+                    compared.ratio,
+                    compared.interval,
+                    compared.confidence,
+                    compared.faster,
+                    compared.threads,
+                    batch,
+                    against,
+                )
+            )
     after["latency"] = space.before["latency"] / speedups[0].ratio
     job.progress("verify", 0.7, "opening the report split")
     if job.report is not None:
@@ -415,7 +484,9 @@ def _verify(
     needed = samples_to_prove(job.budget.drop) if job.budget.drop is not None else 0
     total = scores["after"].total if isinstance(scores["after"], Counts) else None
     if total is not None and total < needed:
-        warnings.append(f"{total} report samples cannot prove a drop of at most {job.budget.max_drop}: at least {needed} are needed.")
+        warnings.append(
+            f"{total} report samples cannot prove a drop of at most {job.budget.max_drop}: at least {needed} are needed."
+        )
     lossless = {**space.lossless, "size": float(cost.model_bytes(base))}
     job.progress("verify", 1.0, "done")
     return Evidence(
@@ -429,19 +500,32 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
     lines = []
     for width in space.widths:
         option = plan.picks[width.choice]
-        change = f"keeps {width.kept[option]} of {width.group.size} channels" if option else f"keeps all {width.group.size} channels"
+        change = (
+            f"keeps {width.kept[option]} of {width.group.size} channels"
+            if option
+            else f"keeps all {width.group.size} channels"
+        )
         lines.append(PlanLine(width.choice, change, predicted_loss=width.losses[option], maturity="exact"))
     after = {site.name: site.shape for site in find(net)}
     with evaluating(job.model):
         milliseconds = [
-            {name: 1e3 * s for name, s in cost.module_times(m, *measure.positional(job.inputs), seconds=0.5, threads=job.threads).items()}
+            {
+                name: 1e3 * s
+                for name, s in cost.module_times(
+                    m, *measure.positional(job.inputs), seconds=0.5, threads=job.threads
+                ).items()
+            }
             for m in (job.model, net)
         ]
     for grid in space.grids:
         option, site = plan.picks[grid.choice], grid.site
         structure = grid.structures[option]
         rows, columns = after[site.name]
-        shape = f"{site.shape[0]} x {site.shape[1]} to {rows} x {columns}" if (rows, columns) != site.shape else f"{rows} x {columns}"
+        shape = (
+            f"{site.shape[0]} x {site.shape[1]} to {rows} x {columns}"
+            if (rows, columns) != site.shape
+            else f"{rows} x {columns}"
+        )
         stored = structure.bits((rows, columns)) // 8 if structure is not None else 4 * rows * columns
         lines.append(
             PlanLine(

@@ -136,7 +136,9 @@ def _check(choices: Sequence[Choice], terms: Sequence[Term]) -> None:
             raise ValueError(f"A term of {term.resource!r} names unknown choices: {unknown}.")
         wanted = tuple(sizes[name] for name in term.over)
         if term.table.shape != wanted:
-            raise ValueError(f"The {term.resource!r} table over {term.over} must have shape {wanted}, got {term.table.shape}.")
+            raise ValueError(
+                f"The {term.resource!r} table over {term.over} must have shape {wanted}, got {term.table.shape}."
+            )
         if not np.isfinite(term.table).all():
             bad = tuple(int(i) for i in np.argwhere(~np.isfinite(term.table))[0])
             raise ValueError(f"The {term.resource!r} table over {term.over} is not finite at {bad}: {term.table[bad]}.")
@@ -256,7 +258,9 @@ def choose(
     unknown = [name for name in limits if name not in program.costs]
     if unknown:
         raise ValueError(f"Limits on resources without a table: {unknown}; known: {sorted(program.costs)}.")
-    scaled = {name: (program.costs[name] / limit, 1 - constants.get(name, 0.0) / limit) for name, limit in limits.items()}
+    scaled = {
+        name: (program.costs[name] / limit, 1 - constants.get(name, 0.0) / limit) for name, limit in limits.items()
+    }
     loss = program.costs.get("loss", np.zeros(program.equalities.shape[1]))
     weight = max(float(np.abs(loss).max(initial=0.0)), 1e-30)
     thrift = sum((line for line, _ in scaled.values()), np.zeros_like(loss))
@@ -289,7 +293,10 @@ def _infeasible(
     if solution is None:
         return InfeasibleError(f"No plan was found within {seconds} s for the limits {dict(limits)}.", {})
     nearest = total(terms, _read(program, choices, solution))
-    text = ", ".join(f"{name} {_show(name, nearest[name])} (limit {_show(name, limit)})" for name, limit in limits.items())
+    text = ", ".join(
+        f"{name} {_show(name, nearest[name])} (limit {_show(name, limit)})" for name, limit in limits.items()
+    )
     return InfeasibleError(
-        f"The budget is below the smallest plan. Nearest feasible: {text}. Raise the limits or allow more structures.", nearest
+        f"The budget is below the smallest plan. Nearest feasible: {text}. Raise the limits or allow more structures.",
+        nearest,
     )

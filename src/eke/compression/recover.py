@@ -117,7 +117,9 @@ def recover_(
     flags = [p.requires_grad for _, p in trained]
     for _, parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([p for _, p in trained], lr=recovery.learning_rate, weight_decay=recovery.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [p for _, p in trained], lr=recovery.learning_rate, weight_decay=recovery.weight_decay
+    )
     model.train()
     start = _resume(model, optimizer, trained, checkpoint)
     first_on_grid = math.floor(recovery.grid_from * recovery.steps)
@@ -181,7 +183,12 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save(
-    model: nn.Module, optimizer: torch.optim.Optimizer, trained: list[tuple[str, nn.Parameter]], path: pathlib.Path, *, step: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trained: list[tuple[str, nn.Parameter]],
+    path: pathlib.Path,
+    *,
+    step: int,
 ) -> None:
     tensors = {f"buffer.{name}": buffer for name, buffer in _buffers(model).items()}
     for name, parameter in trained:
@@ -192,7 +199,10 @@ def _save(
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, trained: list[tuple[str, nn.Parameter]], path: pathlib.Path | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trained: list[tuple[str, nn.Parameter]],
+    path: pathlib.Path | None,
 ) -> int:
     if path is None or not path.exists():
         return 0

@@ -32,7 +32,13 @@ from .checkpoint import write_bytes
 from .measure import as_measured, as_score, drop_between
 from .plan import Plan
 
-_UNITS = {"latency": ("ms", 1e3), "size": ("bytes", 1.0), "macs": ("MAC", 1.0), "parameters": ("", 1.0), "peak_memory": ("bytes", 1.0)}
+_UNITS = {
+    "latency": ("ms", 1e3),
+    "size": ("bytes", 1.0),
+    "macs": ("MAC", 1.0),
+    "parameters": ("", 1.0),
+    "peak_memory": ("bytes", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,12 @@ class Result:
             The folder.
         """
         folder = pathlib.Path(folder)
-        save(folder, self.model, self.blueprint, decisions=[{"site": p.site, "change": p.change} for p in self.evidence.plan])
+        save(
+            folder,
+            self.model,
+            self.blueprint,
+            decisions=[{"site": p.site, "change": p.change} for p in self.evidence.plan],
+        )
         text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
         write_bytes(folder / "recipe.yaml", text.encode())
         write_report(folder, self.document(verified=verified))
@@ -188,7 +199,9 @@ def budget_lines(budget: Budget, evidence: Evidence) -> tuple[BudgetLine, ...]:
             unit, factor = _UNITS[name]
             value = evidence.after[name]
             asked = str(getattr(budget, name))
-            lines.append(BudgetLine(name.replace("_", " "), asked, factor * limit, factor * value, unit, value <= limit))
+            lines.append(
+                BudgetLine(name.replace("_", " "), asked, factor * limit, factor * value, unit, value <= limit)
+            )
     return tuple(lines)
 
 
@@ -228,13 +241,47 @@ def document(result: Result, *, verified: bool) -> Document:
     )
     recovery = evidence.scores.get("before recovery")
     points = [
-        FrontPoint("original", "original", before.score.value if before.score else None, before.score.interval if before.score else None, before.bytes, before.milliseconds, before.flops),
-        FrontPoint("compressed", "chosen", after.score.value if after.score else None, after.score.interval if after.score else None, after.bytes, after.milliseconds, after.flops),
-        FrontPoint("original, folded", "control", before.score.value if before.score else None, before.score.interval if before.score else None, control.bytes, control.milliseconds, before.flops),
+        FrontPoint(
+            "original",
+            "original",
+            before.score.value if before.score else None,
+            before.score.interval if before.score else None,
+            before.bytes,
+            before.milliseconds,
+            before.flops,
+        ),
+        FrontPoint(
+            "compressed",
+            "chosen",
+            after.score.value if after.score else None,
+            after.score.interval if after.score else None,
+            after.bytes,
+            after.milliseconds,
+            after.flops,
+        ),
+        FrontPoint(
+            "original, folded",
+            "control",
+            before.score.value if before.score else None,
+            before.score.interval if before.score else None,
+            control.bytes,
+            control.milliseconds,
+            before.flops,
+        ),
     ]
     if recovery is not None:
         score = as_score(recovery)
-        points.append(FrontPoint("compressed, before recovery (selection split)", "plan", score.value, score.interval, after.bytes, after.milliseconds, after.flops))
+        points.append(
+            FrontPoint(
+                "compressed, before recovery (selection split)",
+                "plan",
+                score.value,
+                score.interval,
+                after.bytes,
+                after.milliseconds,
+                after.flops,
+            )
+        )
     return Document(
         kind="compress",
         title=result.title,
@@ -267,4 +314,6 @@ def describe(resources: Mapping[str, float]) -> str:
     Returns:
         Text such as "latency 3.1 ms, size 98.2 kB".
     """
-    return ", ".join(f"{name.replace('_', ' ')} {show(name, resources[name])}" for name in RESOURCES if name in resources)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {show(name, resources[name])}" for name in RESOURCES if name in resources
+    )

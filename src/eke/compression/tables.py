@@ -50,7 +50,10 @@ def shapes(model: nn.Module, widths: Sequence[Widths]) -> Shapes:
     Returns:
         Dimensions by tensor name.
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     cuts: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for width in widths:
         surgery = width.group.cut(range(1, width.group.size))

@@ -89,7 +89,9 @@ def logits_of(outputs: Any) -> Tensor:
     if found is None and isinstance(outputs, (tuple, list)) and outputs:
         found = outputs[0]
     if not isinstance(found, Tensor):
-        raise TypeError(f"No logits in the model's output of type {type(outputs).__name__}: pass your own loss= and score=.")
+        raise TypeError(
+            f"No logits in the model's output of type {type(outputs).__name__}: pass your own loss= and score=."
+        )
     return found
 
 

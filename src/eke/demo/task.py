@@ -38,7 +38,9 @@ def _read(name: str) -> bytes:
     wanted = json.loads((_DATA / "manifest.json").read_text())["sha256"][name]
     found = hashlib.sha256(content).hexdigest()
     if found != wanted:
-        raise ValueError(f"The demo's {name} was changed: SHA-256 {found[:12]}..., expected {wanted[:12]}...; reinstall eke.")
+        raise ValueError(
+            f"The demo's {name} was changed: SHA-256 {found[:12]}..., expected {wanted[:12]}...; reinstall eke."
+        )
     return content
 
 
@@ -53,7 +55,7 @@ def images(split: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: if there is no such split, or the file was changed.
-    """  # noqa: DOC502
+    """
     if split not in ("calibration", "selection", "report"):
         raise ValueError(f"The demo has the splits 'calibration', 'selection' and 'report', got {split!r}.")
     with np.load(io.BytesIO(_read(f"{split}.npz"))) as arrays:
