@@ -12,6 +12,7 @@ normalisations are folded away, and its tensors are filled from the file.
 from __future__ import annotations
 
 import copy
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,8 +154,23 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
             site.write_(model, grid.decode(stored, site.shape))
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all names, shapes, dtypes and values of a model's state, in order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save(
-    folder: pathlib.Path, model: nn.Module, blueprint: Blueprint, *, decisions: Sequence[Mapping[str, Any]] = ()
+    folder: pathlib.Path,
+    model: nn.Module,
+    blueprint: Blueprint,
+    *,
+    decisions: Sequence[Mapping[str, Any]] = (),
+    checks: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights and plan; each file is whole or absent, and the plan, written last, names the weights' digest.
 
@@ -163,6 +179,7 @@ def save(
         model: The compressed model.
         blueprint: What was done to the architecture.
         decisions: What was chosen, for readers.
+        checks: What a later verification compares with, such as the score on the selection split.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, pack(model, blueprint.grids), {"format": FORMAT})
@@ -171,6 +188,7 @@ def save(
         "eke": __version__,
         "architecture": type(unwrap(model)).__qualname__,
         "sha256": {WEIGHTS: sha256(folder / WEIGHTS)},
+        "checks": {"state_sha256": state_digest(model), **(checks or {})},
         "decisions": list(decisions),
         **blueprint.to_json(),
     }

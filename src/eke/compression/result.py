@@ -134,12 +134,14 @@ class Result:
             The folder.
         """
         folder = pathlib.Path(folder)
-        save(
-            folder,
-            self.model,
-            self.blueprint,
-            decisions=[{"site": p.site, "change": p.change} for p in self.evidence.plan],
+        score = self.evidence.scores["selection after"]
+        selection = (
+            {"value": score.share, "correct": score.correct, "total": score.total}
+            if isinstance(score, Counts)
+            else {"value": score}
         )
+        decisions = [{"site": line.site, "change": line.change} for line in self.evidence.plan]
+        save(folder, self.model, self.blueprint, decisions=decisions, checks={"selection": selection})
         text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
         write_bytes(folder / "recipe.yaml", text.encode())
         write_report(folder, self.document(verified=verified))
