@@ -193,6 +193,27 @@ def test_every_mode_counts_the_same(small_transformer):
     assert len(all_modes(Branching(), torch.ones(3, 8))) == 1
 
 
+class Auxiliary(nn.Module):
+    """Has a second head in train mode, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.auxiliary = nn.Linear(8, 5), nn.Linear(8, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.auxiliary(x).sum() if self.training else self.head(x)
+
+
+def test_heads_of_train_mode_do_not_count():
+    assert all_modes(Auxiliary(), X) == {240}
+
+
+def test_breakdown_looks_inside_fused_encoder_layers(small_transformer):
+    counts = flops_by_module(small_transformer.eval(), torch.zeros(3, 5, 16))
+    assert counts["layers.0.linear1"] == counts["layers.1.linear2"] == 2 * 15 * 16 * 32
+    assert counts["layers.0.self_attn"] == 2 * 15 * (4 * 16 * 16 + 2 * 16 * 5)
+
+
 def test_fast_path_setting_is_restored(small_transformer):
     for enabled in (True, False):
         torch.backends.mha.set_fastpath_enabled(enabled)

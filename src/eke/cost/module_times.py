@@ -79,11 +79,13 @@ def _innermost(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module
     outer: set[str] = {""}
 
     def enter(module: nn.Module, _: Any) -> None:
+        """Its callers are not innermost."""
         outer.update(names[caller] for caller in stack)
         ran[names[module]] = module
         stack.append(module)
 
     def leave(module: nn.Module, *_: Any) -> None:
+        """Back to its caller."""
         stack.pop()
 
     with _hooked(names, enter, leave):
@@ -99,10 +101,12 @@ def _one_pass(
     begun = 0
 
     def enter(*_: Any) -> None:
+        """Start the clock."""
         nonlocal begun
         begun = clock()
 
     def leave(module: nn.Module, *_: Any) -> None:
+        """Add what the module took."""
         spent[names[module]] += clock() - begun
 
     with _hooked(names, enter, leave):
