@@ -98,7 +98,7 @@ def _compensate_(net: nn.Module, site: Site, removed: torch.Tensor, curvature: C
     bias = getattr(site.module(net), "bias", None)
     removal = remove_columns(
         matrix,
-        factors.second_moment[0],
+        factors.a[0],
         removed,
         g=factors.g[0],
         mean=factors.mean[0] if bias is not None else None,
@@ -138,7 +138,8 @@ def recalibrate_(
     try:
         with torch.no_grad():
             if lessons.mixed:
-                for index in torch.arange(min(most, lessons.samples)).split(batch_size):
+                for start in range(0, min(most, lessons.samples), batch_size):
+                    index = torch.arange(start, min(start + batch_size, lessons.samples))
                     forward(model, lessons.take(index)[0])
             else:
                 for number in range(min(lessons.samples, 1 + most // batch_size)):

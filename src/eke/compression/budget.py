@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+_BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _UNITS: Mapping[str, Mapping[str, float]] = {
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "size": {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
+    "size": _BYTES,
     "macs": {"": 1.0, "mac": 1.0, "kmac": 1e3, "mmac": 1e6, "gmac": 1e9, "tmac": 1e12},
     "parameters": {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9},
+    "peak_memory": _BYTES,
 }
-_UNITS = {**_UNITS, "peak_memory": _UNITS["size"]}
 _NUMBER = re.compile(
     r"^\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)(?:\s*/\s*([0-9]*\.?[0-9]+))?\s*([a-z%]*)\s*$", re.IGNORECASE
 )
@@ -28,20 +29,33 @@ RESOURCES = ("latency", "size", "macs", "parameters", "peak_memory")
 
 
 def _split(name: str, quantity: str | float) -> tuple[float, str]:
-    """Number and lower-case unit of a quantity."""
+    """Return the number and the lower-case unit of a quantity.
+
+    Args:
+        name: Field of `Budget`, for messages.
+        quantity: What was given.
+
+    Returns:
+        The number, positive and finite, and the unit ("" for none).
+
+    Raises:
+        TypeError: if it is neither a number nor text.
+        ValueError: if it cannot be read, or is not positive and finite.
+    """
     if isinstance(quantity, bool) or not isinstance(quantity, (int, float, str)):
         raise TypeError(f"Budget.{name} must be a number or text such as '0.5x', got {quantity!r}.")
     match = _NUMBER.match(str(quantity))
     if match is None:
         raise ValueError(f"Budget.{name} could not be read: {quantity!r}. Write for example {_example(name)}.")
-    value = float(match[1]) / float(match[2] or 1)
+    divisor = float(match[2] or 1)
+    value = float(match[1]) / divisor if divisor else math.inf
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"Budget.{name} must be positive and finite, got {quantity!r}.")
     return value, match[3].lower()
 
 
 def _example(name: str) -> str:
-    """A valid way to write the budget `name`."""
+    """Return valid ways to write the budget `name`."""
     absolute = {"latency": "3ms", "size": "400kB", "macs": "1.5GMAC", "parameters": "2.5M", "peak_memory": "64MB"}
     return f"'0.5x', '50%' or '{absolute[name]}'" if name in absolute else "'1%' or 0.01"
 
@@ -57,11 +71,12 @@ def show(name: str, value: float) -> str:
         Text such as "4.7 MB".
     """
     if name == "latency":
-        return f"{1e3 * value:.3g} ms"
+        factor, unit = next(((f, u) for f, u in ((1.0, "s"), (1e-3, "ms")) if value >= f), (1e-6, "us"))
+        return f"{value / factor:.4g} {unit}"
     unit = {"size": "B", "peak_memory": "B", "macs": "MAC", "parameters": ""}[name]
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.4g} {prefix}{unit}".rstrip()
+    for thousand, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= thousand:
+            return f"{value / thousand:.4g} {prefix}{unit}".rstrip()
     return f"{value:.4g} {unit}".rstrip()
 
 
@@ -110,14 +125,17 @@ class Budget:
         """Largest loss of quality as a share (0.01 for "1%").
 
         Raises:
-            ValueError: if its unit is not a percent sign.
+            ValueError: if its unit is not a percent sign, or it is one or more.
         """
         if self.max_drop is None:
             return None
         value, unit = _split("max_drop", self.max_drop)
         if unit not in ("", "%"):
             raise ValueError(f"Budget.max_drop has the unknown unit {unit!r} in {self.max_drop!r}: write '1%' or 0.01.")
-        return value / 100 if unit == "%" else value
+        share = value / 100 if unit == "%" else value
+        if share >= 1:
+            raise ValueError(f"Budget.max_drop must be below 100 %, got {self.max_drop!r}: one point is '1%' or 0.01.")
+        return share
 
     def limit(self, name: str, *, before: float) -> float | None:
         """Limit of one resource in seconds, bytes, multiply-adds or counts.
@@ -145,7 +163,7 @@ class Budget:
         return value * units[unit]
 
     def to_json(self) -> dict[str, str | float]:
-        """The limits that are set, as written."""
+        """Return the limits that are set, as written."""
         return {
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }

@@ -45,7 +45,7 @@ class Widths:
         return f"channels:{self.group.name}"
 
     def keep(self, option: int) -> list[int]:
-        """Units that stay under a candidate, ascending."""
+        """Return the units that stay under a candidate, ascending."""
         return sorted(self.order[self.group.size - self.kept[option] :])
 
 
@@ -106,7 +106,7 @@ def readers(
             return None
         factors = curvature.factors(site.name)
         found.append(
-            Consumer(weight=site.read(model), a=factors.second_moment[0], g=factors.g[0], blocks=member.columns)
+            Consumer(weight=site.read(model), a=factors.a[0], g=factors.g[0], blocks=member.columns)
         )
     return found or None
 

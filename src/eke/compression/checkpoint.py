@@ -1,12 +1,13 @@
 """Files that are either whole or absent, and the record of what a run has finished.
 
 Every file is written under another name and moved into place; a run that is killed at any moment leaves only whole
-files. A stage of a run is done when its file exists; a run that is continued must have been started with the same
-recipe, which `Run` checks by its digest.
+files (and at most one hidden `.part`). A stage of a run is done when its file exists; a run that is continued must have
+been started with the same recipe, which `Run` compares key by key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 
@@ -38,11 +39,14 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror}); nothing there was changed. Free space and continue with --resume",
+            f"{path} could not be written ({error.strerror}); what was there before stays. Free space and continue with "
+            "--resume",
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, document: Any) -> None:
@@ -81,18 +85,8 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, Tensor], metadata: M
         tensors: By name; made contiguous.
         metadata: Stored in the header.
     """
-    partial = path.with_name(f".{path.name}.tensors")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, partial, metadata=dict(metadata))
-        partial.replace(path)
-    except Exception as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "Error" in type(error).__name__:
-            raise OSError(
-                f"{path} could not be written ({error}); nothing there was changed. Free space and continue with --resume"
-            ) from error
-        raise
+    write_bytes(path, serialise(plain, dict(metadata)))
 
 
 def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,9 +97,17 @@ def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]
 
     Returns:
         Tensors by name, and the header's metadata.
+
+    Raises:
+        ValueError: if it is not a whole safetensors file.
     """
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); restore it or start again in a new folder."
+        ) from error
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -122,7 +124,7 @@ class Run:
         resume: Continue what is there; otherwise a new run begins and old stages are removed.
 
     Raises:
-        ValueError: if the run to be continued was started with another recipe.
+        ValueError: if the run to be continued was started with another recipe, or the folder holds other files.
     """
 
     def __init__(self, folder: pathlib.Path | None, recipe: Mapping[str, Any], *, resume: bool) -> None:
@@ -130,32 +132,31 @@ class Run:
         if folder is None:
             return
         recipe = json.loads(json.dumps(recipe))
-        start = folder / "recipe.json"
+        start = folder / _START
+        if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+            raise ValueError(
+                f"{folder} holds files that are not of a run ({min(path.name for path in folder.iterdir())}, ...): give "
+                "a new or empty folder."
+            )
         if resume and start.exists():
-            before = read_json(start)
-            changed = sorted(k for k in {*before, *recipe} if before.get(k) != recipe.get(k))
-            if changed:
-                raise ValueError(
-                    f"The run in {folder} was started with another recipe; {changed[0]} was {before.get(changed[0])!r} and is "
-                    f"now {recipe.get(changed[0])!r}. Resume with the same, or start again without resume."
-                )
+            _check_same(folder, read_json(start), recipe)
             return
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+        _clear(folder)
         write_json(start, recipe)
 
     def path(self, name: str) -> pathlib.Path | None:
-        """Path of a stage's file, or None if the run is in memory only."""
+        """Return the path of a stage's file, or None if the run is in memory only."""
         return self.folder / name if self.folder is not None else None
 
     def get(self, stage: str) -> Any | None:
-        """Content of a finished stage, or None."""
+        """Return the content of a finished stage, or None."""
         path = self.path(f"{stage}.json")
         return read_json(path) if path is not None and path.exists() else None
 
     def put(self, stage: str, document: Any) -> Any:
-        """Record a stage as finished and return its content as it will be read back."""
+        """Return a stage's content as it will be read back, once it is recorded as finished."""
         path = self.path(f"{stage}.json")
         if path is not None:
             write_json(path, document)
@@ -164,4 +165,30 @@ class Run:
     def finish(self) -> None:
         """Remove the stages: the artifact stands for them."""
         if self.folder is not None:
+            _clear(self.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_START, _MARK = "recipe.json", ".eke-run"
+
+
+def _check_same(folder: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with another recipe.
+
+    Raises:
+        ValueError: if an entry differs; names it.
+    """
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"The run in {folder} was started with another recipe; {changed[0]} was {before.get(changed[0])!r} and is "
+            f"now {now.get(changed[0])!r}. Resume with the same, or start again without resume."
+        )
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Remove all stages: first the record that makes them count, so that a kill in between leaves no half run."""
+    (folder / _START).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != _MARK:
+            path.unlink()

@@ -37,8 +37,8 @@ def check_batches(batches: Iterable[Batch]) -> tuple[int, Batch]:
     """
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"batches is an iterator ({type(batches).__name__}) that is used up after one pass, and compress reads the data several "
-            "times: pass the DataLoader itself, or list(batches)."
+            f"batches is an iterator ({type(batches).__name__}) that is used up after one pass, and compress reads the "
+            "data several times: pass the DataLoader itself, or list(batches)."
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be a list or a DataLoader, got {type(batches).__name__}.")
@@ -99,7 +99,7 @@ def check_report(score: float | Counts, drop: float | None) -> None:
 
     Raises:
         ValueError: if even two models that never differ would not prove it; says how many samples are needed.
-    """
+    """  # noqa: DOC502
     if isinstance(score, Counts) and drop is not None:
         check_samples(score.total, drop)
 
@@ -118,8 +118,8 @@ def check_task(task: Task, drop: float | None) -> None:
         split = getattr(task, name)
         if isinstance(split, Iterator):
             raise ValueError(
-                f"The {name} split is an iterator ({type(split).__name__}) that is used up after one pass: pass the DataLoader "
-                "itself, or a list."
+                f"The {name} split is an iterator ({type(split).__name__}) that is used up after one pass: pass the "
+                "DataLoader itself, or a list."
             )
         total = sum(count_samples(batch) for batch in split)
         if total == 0:
@@ -141,13 +141,13 @@ def check_samples(total: int, drop: float) -> None:
     needed = samples_to_prove(drop)
     if total < needed:
         raise ValueError(
-            f"{total} samples cannot prove a drop of at most {100 * drop:g} points with 95 % confidence, even if the models never "
-            f"differ: at least {needed} are needed. Give more samples or allow a larger drop."
+            f"{total} samples cannot prove a drop of at most {100 * drop:g} points with 95 % confidence, even if the "
+            f"models never differ: at least {needed} are needed. Give more samples or allow a larger drop."
         )
 
 
 def describe(tree: Any) -> str:
-    """Write a batch as types and shapes."""
+    """Return a batch written as types and shapes."""
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
     if isinstance(tree, dict):

@@ -95,11 +95,11 @@ def set_memory_format_(model: nn.Module, name: str) -> None:
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if name not in formats:
         raise ValueError(f"The memory format must be one of {sorted(formats)}, got {name!r}.")
-    model.to(memory_format=formats[name])  # type: ignore[call-overload]
+    model.to(memory_format=formats[name])
 
 
 def _adjacent(model: nn.Module, call: Callable[[nn.Module], Any]) -> list[Pair]:
-    """Pairs where the normalisation's input is the layer's output, the same object, and each is called once."""
+    """Return the pairs where the normalisation's input is the layer's very output and each is called once."""
     outputs: dict[int, tuple[str, Tensor]] = {}
     calls: dict[str, int] = {}
     pairs: list[Pair] = []
@@ -124,12 +124,19 @@ def _adjacent(model: nn.Module, call: Callable[[nn.Module], Any]) -> list[Pair]:
     finally:
         for handle in handles:
             handle.remove()
-    once = [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+    once = [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1 and _rows_fit(model, pair)]
     return [pair for pair in once if sum(pair[0] == layer for layer, _ in pairs) == 1]
 
 
+def _rows_fit(model: nn.Module, pair: Pair) -> bool:
+    """Return whether the normalisation has one channel a row (a linear layer's output can be normalised otherwise)."""
+    layer, norm = (model.get_submodule(name) for name in pair)
+    weight = layer.weight
+    return isinstance(weight, Tensor) and weight.shape[0] == norm.num_features
+
+
 def _in_double(model: nn.Module, call: Callable[[nn.Module], Any]) -> Any:
-    """Run `call` with floating point inputs turned into float64 on their way into the model."""
+    """Return what `call` does with floating point inputs turned into float64 on their way into the model."""
 
     def promote(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         def double(leaf: Any) -> Any:

@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 def _quantile(confidence: float) -> float:
-    """Two-sided standard normal quantile."""
+    """Return the two-sided standard normal quantile.
+
+    Raises:
+        ValueError: if the confidence is not in (0, 1).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}.")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -46,7 +50,7 @@ def wilson(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float
 
 
 def _tango(b: int, c: int, n: int, delta: float) -> float:
-    """Score statistic of the hypothesis that the difference of shares is `delta`."""
+    """Return the score statistic of the hypothesis that the difference of shares is `delta`."""
     p = -b - c + (2 * n - b + c) * delta
     q = -c * delta * (1 - delta)
     root = (math.sqrt(max(p * p - 8 * n * q, 0.0)) - p) / (4 * n)
@@ -76,7 +80,8 @@ def paired_difference(
     """
     if total < 1 or min(only_first, only_second) < 0 or only_first + only_second > total:
         raise ValueError(
-            f"paired_difference needs discordant counts that fit into the total, got {only_first} and {only_second} of {total}."
+            "paired_difference needs discordant counts that fit into the total, got "
+            f"{only_first} and {only_second} of {total}."
         )
     z = _quantile(confidence)
     estimate = (only_first - only_second) / total
@@ -103,11 +108,11 @@ def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) 
         The difference first - second and its interval.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ or there is no sample.
     """
-    if first.shape != second.shape:
+    if first.shape != second.shape or first.numel() == 0:
         raise ValueError(
-            f"paired outcomes must have equal lengths, got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"Paired outcomes must have equal lengths of at least 1, got {tuple(first.shape)} and {tuple(second.shape)}."
         )
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     total = first.numel()

@@ -78,15 +78,11 @@ def collect(
     pieces = gathered if joined is None else _chunks(joined, chunk)
     answers = []
     with evaluating(teacher):
-        for index, piece in enumerate(pieces):
-            answer = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, forward(teacher, piece))
-            for leaf in pytree.tree_leaves(answer):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-                    bad = int((~torch.isfinite(leaf)).sum())
-                    raise ValueError(
-                        f"The original model's output on calibration batch {index} has {bad} values that are not finite."
-                    )
-            answers.append(answer)
+        for piece in pieces:
+            answer = forward(teacher, piece)
+            if not _finite(answer):
+                raise ValueError(_where_not_finite(teacher, gathered, forward))
+            answers.append(pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, answer))
     all_answers = _join(answers) if joined is not None else None
     if joined is None or all_answers is None:
         return Lessons(pieces, answers, False, len(pieces))
@@ -111,20 +107,41 @@ def distillation(student: Any, teacher: Any, *, temperature: float = 2.0) -> Ten
     try:
         ours, theirs = logits_of(student), logits_of(teacher)
     except TypeError:
-        ours = theirs = None  # type: ignore[assignment]
-    if ours is not None and ours.ndim == 2 and ours.shape[1] > 1:
+        return _relative_error(student, teacher)
+    if ours.ndim == 2 and ours.shape[1] > 1:
         return F.kl_div(
             F.log_softmax(ours / temperature, 1),
             F.log_softmax(theirs / temperature, 1),
             reduction="batchmean",
             log_target=True,
         ) * (temperature * temperature)
+    return _relative_error(student, teacher)
+
+
+def _relative_error(student: Any, teacher: Any) -> Tensor:
+    """Return the mean over all tensors of the squared error relative to the variance of the teacher's values."""
     pairs = [
         (a, b)
         for a, b in zip(pytree.tree_leaves(student), pytree.tree_leaves(teacher))
         if isinstance(a, Tensor) and a.is_floating_point()
     ]
     return torch.stack([F.mse_loss(a, b) / b.var(unbiased=False).clamp_min(1e-12) for a, b in pairs]).mean()
+
+
+def _finite(tree: Any) -> bool:
+    """Return whether all floating point values are finite."""
+    return all(
+        bool(torch.isfinite(leaf).all())
+        for leaf in pytree.tree_leaves(tree)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
+
+
+def _where_not_finite(teacher: nn.Module, batches: Sequence[Batch], forward: Forward) -> str:
+    """Return the message that names the loader's batch with the first answer that is not finite."""
+    index = next((i for i, batch in enumerate(batches) if not _finite(forward(teacher, batch))), None)
+    place = "the calibration batches together" if index is None else f"calibration batch {index}"
+    return f"The original model's output on {place} has values that are not finite: check the data and the model."
 
 
 def _length(tree: Any) -> int:
@@ -140,7 +157,7 @@ def _chunks(tree: Any, size: int) -> list[Any]:
 
 
 def _join(trees: Sequence[Any]) -> Any | None:
-    """Concatenate trees of tensors along the first dimension, or None where that is not possible."""
+    """Return trees of tensors concatenated along the first dimension, or None where that is not possible."""
     flat = [pytree.tree_flatten(tree) for tree in trees]
     spec = flat[0][1]
     columns = list(zip(*(leaves for leaves, _ in flat)))

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from .. import cost
 from .._types import Counts, Evaluate
 from ..report import Drop, Measured, Score
 from ..sites import Surgery
+from ..structures import UniformGrid
 from .apply import shaped, surgery
+from .artifact import FORMAT, pack
 from .candidates import Widths
 from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
@@ -30,7 +33,7 @@ def positional(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model on its inputs."""
+    """Return what the model returns for the inputs."""
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
@@ -84,6 +87,21 @@ def costs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     }
 
 
+def packed_bytes(net: nn.Module, grids: Mapping[str, UniformGrid]) -> int:
+    """Return the bytes of the file that an artifact would store.
+
+    Args:
+        net: The deployed model, its matrices on their grids.
+        grids: Grid by site name.
+    """
+    return len(
+        serialise(
+            {name: tensor.detach().contiguous().clone() for name, tensor in pack(net, grids).items()},
+            {"format": FORMAT},
+        )
+    )
+
+
 def checked_score(value: float | Counts, *, of: str) -> float | Counts:
     """Refuse what is no score.
 
@@ -112,7 +130,7 @@ def checked_score(value: float | Counts, *, of: str) -> float | Counts:
 
 
 def evaluate_on(model: nn.Module, evaluate: Evaluate, *, of: str) -> float | Counts:
-    """Evaluate a model in evaluation mode and check the score."""
+    """Return the checked score of a model, evaluated in evaluation mode."""
     with evaluating(model):
         return checked_score(evaluate(model), of=of)
 

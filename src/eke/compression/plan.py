@@ -187,7 +187,7 @@ def _build(choices: Sequence[Choice], terms: Sequence[Term]) -> _Program:
 
 
 def _constants(terms: Sequence[Term]) -> dict[str, float]:
-    """Totals of the terms over no choice at all: what no decision changes."""
+    """Return the totals of the terms over no choice at all: what no decision changes."""
     sums: dict[str, float] = {}
     for term in terms:
         if not term.over:
@@ -251,7 +251,7 @@ def choose(
     Raises:
         ValueError: if a table does not fit its choices or a limit names an unknown resource.
         InfeasibleError: if no combination keeps every limit; carries the totals that come nearest.
-    """
+    """  # noqa: DOC501, DOC502
     start = time.perf_counter()
     _check(choices, terms)
     program, constants = _build(choices, terms), _constants(terms)
@@ -284,7 +284,7 @@ def _infeasible(
     scaled: Mapping[str, tuple[Table, float]],
     seconds: float,
 ) -> InfeasibleError:
-    """The error for an impossible problem: all limits stretched by the same least factor give the nearest plan."""
+    """Return the error for an impossible problem: limits stretched by the least common factor give the nearest plan."""
     width = program.equalities.shape[1]
     objective = np.zeros(width + 1)
     objective[-1] = 1.0

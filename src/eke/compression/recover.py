@@ -64,7 +64,7 @@ class Recovery:
             raise ValueError(f"Recovery needs 0 <= warmup < 1 and 0 <= grid_from <= 1, got {self}.")
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         rise = self.warmup * self.steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
@@ -81,7 +81,7 @@ class _OnGrid(nn.Module):
         self.transposed = site.transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Project (any shape) as (m, n)."""
+        """Return the weight (any shape), projected as a matrix (m, n)."""
         matrix = weight.t() if self.transposed else weight.reshape(weight.shape[0], -1)
         projected = straight_through(self.structure, matrix)
         return projected.t() if self.transposed else projected.reshape(weight.shape)

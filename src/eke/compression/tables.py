@@ -80,20 +80,20 @@ class Counter:
 
     @classmethod
     def of(cls, widths: Sequence[Widths]) -> Counter:
-        """Make a counter for these candidates."""
+        """Return a counter for these candidates."""
         removed = {w.choice: tuple(w.group.size - kept for kept in w.kept) for w in widths}
         return cls(removed, {w.choice: w.group.size for w in widths})
 
     def share(self, choice: str) -> Table:
-        """Share of a group's units that each option keeps."""
+        """Return the share of a group's units that each option keeps."""
         return 1 - np.asarray(self.removed[choice], dtype=float) / self.sizes[choice]
 
     def over(self, dimensions: Sequence[Dimension]) -> tuple[str, ...]:
-        """Decisions that these dimensions depend on."""
+        """Return the decisions that these dimensions depend on."""
         return tuple(sorted({choice for dimension in dimensions for choice, _ in dimension.cuts}))
 
     def stay(self, dimension: Dimension, over: Sequence[str]) -> Table:
-        """Entries of a dimension that stay, broadcast over the options of `over`."""
+        """Return the entries of a dimension that stay, broadcast over the options of `over`."""
         table = np.full([1] * len(over), float(dimension.size))
         for choice, unit in dimension.cuts:
             shape = [1] * len(over)
@@ -102,11 +102,11 @@ class Counter:
         return table
 
     def full(self, table: Table, over: Sequence[str]) -> Table:
-        """Expand a broadcast table to its whole shape."""
+        """Return a broadcast table in its whole shape."""
         return np.broadcast_to(table, [len(self.removed[choice]) for choice in over]).astype(float)
 
     def product(self, dimensions: Sequence[Dimension], over: Sequence[str]) -> Table:
-        """Entries of a tensor that stay, over the options of `over`."""
+        """Return the entries of a tensor that stay, over the options of `over`."""
         return self.full(math.prod((self.stay(d, over) for d in dimensions), start=np.ones([1] * len(over))), over)
 
 
@@ -125,7 +125,7 @@ def parameter_terms(model: nn.Module, dimensions: Shapes, counter: Counter) -> l
     return terms
 
 
-def mac_terms(macs: Mapping[str, int], dimensions: Shapes, counter: Counter) -> list[Term]:
+def mac_terms(macs: Mapping[str, float], dimensions: Shapes, counter: Counter) -> list[Term]:
     """Return tables of multiply-adds: a module's own, times the share of its weight that stays.
 
     Args:
@@ -217,7 +217,7 @@ class Timing:
 
 
 def _features(module: str, dimensions: Shapes, counter: Counter) -> tuple[tuple[str, ...], list[Table]]:
-    """Decisions a module's time depends on, and the tables 1, in, out, in*out (those that vary)."""
+    """Return the decisions a module's time depends on, and the tables 1, in, out, in*out (those that vary)."""
     weight = dimensions.get(f"{module}.weight" if module else "weight", [])
     over = counter.over(weight)
     shares = [counter.stay(d, over) / d.size for d in weight if d.cuts]

@@ -53,7 +53,8 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...] | dict[str, Any], Any]:
         return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), targets
     raise TypeError(
         f"A batch must be (inputs, targets), a dictionary or a tensor, got {type(batch).__name__}"
-        f"{f' of {len(batch)} items' if isinstance(batch, (tuple, list)) else ''}: pass your own forward=, loss= and score=."
+        f"{f' of {len(batch)} items' if isinstance(batch, (tuple, list)) else ''}: pass your own forward=, loss= and "
+        "score=."
     )
 
 
@@ -99,7 +100,8 @@ def _with_targets(batch: Batch) -> Tensor:
     _, targets = split_batch(batch)
     if not isinstance(targets, Tensor):
         raise TypeError(
-            f"The batch has no tensor of targets, got {type(targets).__name__}: yield (inputs, targets) or pass your own loss=."
+            f"The batch has no tensor of targets, got {type(targets).__name__}: yield (inputs, targets) or pass your own "
+            "loss=."
         )
     return targets
 
@@ -121,8 +123,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     classes = logits.shape[1] if logits.ndim > 1 else 0
     if targets.dtype != torch.long or logits.ndim < 2 or targets.shape[:1] != logits.shape[:1]:
         raise ValueError(
-            f"cross_entropy needs int64 targets (batch, ...) for logits (batch, classes, ...), got targets {targets.dtype} "
-            f"{tuple(targets.shape)} and logits {tuple(logits.shape)}: convert the loader's targets or pass your own loss=."
+            "cross_entropy needs int64 targets (batch, ...) for logits (batch, classes, ...), got targets "
+            f"{targets.dtype} {tuple(targets.shape)} and logits {tuple(logits.shape)}: convert the loader's targets or "
+            "pass your own loss=."
         )
     if targets.numel() and (int(targets.max()) >= classes or int(targets.min()) < 0):
         raise ValueError(

@@ -1,0 +1,48 @@
+"""What a run of `compress` was asked for, checked and in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .._types import Batch, Counts, Evaluate, Loss
+from ..structures import UniformGrid
+from . import measure
+from .budget import Budget
+from .measure import Inputs
+from .recover import Recovery
+from .task import Forward, evaluating
+
+Progress = Callable[[str, float, str], None]
+"""`progress(stage, share, text)`: called as a run advances."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `compress` was asked for, checked."""
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    loss: Loss
+    budget: Budget
+    evaluate: Evaluate | None
+    report: Evaluate | None
+    inputs: Inputs
+    forward: Forward
+    grids: tuple[UniformGrid, ...]
+    recovery: Recovery
+    skip: tuple[str, ...]
+    seed: int
+    threads: int | None
+    samples: int
+    progress: Progress
+
+    def score(self, model: nn.Module, *, of: str) -> float | Counts:
+        """Return the score on the selection split; without one, minus the mean calibration loss."""
+        if self.evaluate is not None:
+            return measure.evaluate_on(model, self.evaluate, of=of)
+        with evaluating(model):
+            losses = [float(self.loss(model, batch)) for batch in self.batches]
+        return measure.checked_score(-sum(losses) / len(losses), of=of)
