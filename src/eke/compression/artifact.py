@@ -124,7 +124,7 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
         grids: Grid by site name.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape.
+        ValueError: if a tensor is missing, unknown, or of another shape or dtype.
     """
     sites = _by_name(model)
     unknown = sorted(set(grids) - set(sites))
@@ -135,19 +135,20 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
     state = model.state_dict()
     packed = {sites[name].parameter_name for name in grids}
     aliases = {other for site in sites.values() for other in site.tied}
-    wanted = {name for name in state if name not in packed and name not in aliases}
-    given = {name for name in tensors if not name.endswith((":codes", ":scales"))}
-    if wanted != given:
-        odd = sorted(wanted ^ given)[:6]
+    plain = {name for name in state if name not in packed and name not in aliases}
+    wanted = plain | {f"{name}:{part}" for name in packed for part in ("codes", "scales")}
+    if wanted != set(tensors):
+        odd = sorted(wanted ^ set(tensors))[:6]
         raise ValueError(f"Model and artifact differ in the tensors {odd}: build the architecture that was compressed.")
     with torch.no_grad():
-        for name in sorted(wanted):
-            if state[name].shape != tensors[name].shape:
+        for name in sorted(plain):
+            ours, theirs = state[name], tensors[name]
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
                 raise ValueError(
-                    f"{name!r} has shape {tuple(state[name].shape)} in the model and {tuple(tensors[name].shape)} in the "
-                    "artifact: build the architecture that was compressed."
+                    f"{name!r} is {ours.dtype} {tuple(ours.shape)} in the model and {theirs.dtype} {tuple(theirs.shape)} in "
+                    "the artifact: build the architecture that was compressed, in the same dtype."
                 )
-            state[name].copy_(tensors[name])
+            ours.copy_(theirs)
         for name, grid in grids.items():
             site = sites[name]
             stored = Packed(tensors[f"{site.parameter_name}:codes"], tensors[f"{site.parameter_name}:scales"])
@@ -242,10 +243,10 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"{folder / PLAN} must have the format {FORMAT!r}, got {found!r}.")
-    digest, wanted = sha256(folder / WEIGHTS), document["sha256"][WEIGHTS]
+    digest, wanted = sha256(folder / WEIGHTS), str(document.get("sha256", {}).get(WEIGHTS, "none"))
     if digest != wanted:
         raise ValueError(
-            f"{folder / WEIGHTS} was changed: its SHA-256 is {digest[:12]}..., the plan names {wanted[:12]}...; restore the file "
-            "or compress again."
+            f"{folder / WEIGHTS} was changed: its SHA-256 is {digest[:12]}..., the plan names {wanted[:12]}...; restore "
+            "the file or compress again."
         )
     return document

@@ -55,12 +55,13 @@ def fold_batchnorm_(model: nn.Module, pairs: Sequence[Pair]) -> None:
         pairs: From `foldable`.
 
     Raises:
-        TypeError: if a name is not of a layer and a batch normalisation.
+        ValueError: if a name is not of a layer and a batch normalisation.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for layer_name, norm_name in pairs:
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer, norm = modules.get(layer_name), modules.get(norm_name)
         if not isinstance(layer, _LAYERS) or not isinstance(norm, _NORMS):
-            raise TypeError(
+            raise ValueError(
                 f"Cannot fold {norm_name!r} ({type(norm).__name__}) into {layer_name!r} ({type(layer).__name__}): "
                 "build the architecture that was compressed."
             )

@@ -36,8 +36,14 @@ class Job:
     skip: tuple[str, ...]
     seed: int
     threads: int | None
+    seconds: float
     samples: int
     progress: Progress
+
+    @property
+    def timed(self) -> bool:
+        """Whether plans are made for time: if it is limited, or if nothing but the drop is."""
+        return self.budget.latency is not None or not self.budget.limited
 
     def score(self, model: nn.Module, *, of: str) -> float | Counts:
         """Return the score on the selection split; without one, minus the mean calibration loss."""

@@ -55,6 +55,7 @@ def compress(
     skip: Iterable[str] = (),
     seed: int = 0,
     threads: int | None = None,
+    seconds: float = 3.0,
     folder: str | pathlib.Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -81,6 +82,7 @@ def compress(
         skip: Modules or sites to leave as they are.
         seed: Of recovery and measurements.
         threads: Torch threads of latency measurements; None keeps their number.
+        seconds: Time of one latency comparison; a run makes about eight of them.
         folder: Where an interrupted run can be continued from; None keeps everything in memory.
         resume: Continue the run in `folder`.
         progress: Called as the run advances.
@@ -115,6 +117,7 @@ def compress(
         skip=tuple(skip),
         seed=seed,
         threads=threads,
+        seconds=seconds,
         samples=samples,
         progress=progress or (lambda stage, share, text: None),
     )

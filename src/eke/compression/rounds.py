@@ -108,8 +108,12 @@ def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:
     for site, grid in apply.on_grids(net, grids).values():
         site.write_(net, grid.project(site.read(net)))
     after["size"] = float(measure.packed_bytes(net, grids))
+    if not job.timed:
+        return after
     original, net_run = measure.runner(job.model, job.inputs), measure.runner(net, job.inputs)
     with evaluating(job.model):
-        compared = cost.compare_latency(original, net_run, threads=job.threads, seconds=2.0, seed=job.seed)
+        compared = cost.compare_latency(
+            original, net_run, threads=job.threads, seconds=0.7 * job.seconds, seed=job.seed
+        )
     after["latency"] = space.before["latency"] / compared.ratio
     return after

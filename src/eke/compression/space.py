@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
@@ -98,26 +99,22 @@ def _with_costs(
     known = run.get("costs")
     if known is None:
         with evaluating(job.model):
-            folded, memory_format, times = measure.lossless(job.model, job.inputs, threads=job.threads)
+            folded, memory_format, times = measure.lossless(
+                job.model, job.inputs, seconds=0.7 * job.seconds, threads=job.threads
+            )
             before = {**measure.costs(job.model, job.inputs), "latency": times["original"]}
-            timing = measure.timing(
-                job.model, job.inputs, widths, dimensions=dimensions, folded=folded, memory_format=memory_format,
-                seed=job.seed, threads=job.threads,
-            )  # fmt: skip
-        fit = {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale}
+            fit = _fitted(job, widths, dimensions, folded=folded, memory_format=memory_format) if job.timed else None
         known = run.put(
             "costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit}
         )
     folded = [(str(layer), str(norm)) for layer, norm in known["folded"]]
-    fit = known["fit"]
-    timing = tables.Timing({k: tuple(v) for k, v in fit["modules"].items()}, tuple(fit["rest"]), fit["scale"])
     macs = measure.own_macs(job.model, job.inputs)
     terms = [
         *tables.loss_terms(widths, grids),
         *tables.parameter_terms(job.model, dimensions, counter),
         *tables.mac_terms(macs, dimensions, counter),
         *tables.size_terms(job.model, dimensions, counter, grids=grids, folded=folded),
-        *timing.terms(dimensions, counter),
+        *_timing_terms(known["fit"], dimensions, counter),
     ]
     lossless = {"seconds": _folded_seconds(known["times"], folded, known["memory_format"])}
     return Space(
@@ -131,6 +128,35 @@ def _with_costs(
         known["before"],
         tuple(terms),
     )
+
+
+def _fitted(
+    job: Job,
+    widths: Sequence[candidates.Widths],
+    dimensions: tables.Shapes,
+    *,
+    folded: Sequence[Pair],
+    memory_format: str,
+) -> dict[str, Any]:
+    timing = measure.timing(
+        job.model,
+        job.inputs,
+        widths,
+        dimensions=dimensions,
+        folded=folded,
+        memory_format=memory_format,
+        seconds=2.5 * job.seconds,
+        seed=job.seed,
+        threads=job.threads,
+    )
+    return {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale}
+
+
+def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:
+    if fit is None:
+        return []
+    modules = {name: tuple(coefficients) for name, coefficients in fit["modules"].items()}
+    return tables.Timing(modules, tuple(fit["rest"]), fit["scale"]).terms(dimensions, counter)
 
 
 def _folded_seconds(times: Mapping[str, float], folded: Sequence[Pair], memory_format: str) -> float:

@@ -61,7 +61,11 @@ def verify(
         speedups = []
         for against, rival in (("the original", job.model), ("the original, folded, in the same memory format", base)):
             compared = cost.compare_latency(
-                measure.runner(rival, job.inputs), measure.runner(net, job.inputs), threads=job.threads, seed=job.seed
+                measure.runner(rival, job.inputs),
+                measure.runner(net, job.inputs),
+                seconds=job.seconds,
+                threads=job.threads,
+                seed=job.seed,
             )
             speedups.append(
                 Speedup(
@@ -106,7 +110,9 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
     after = {site.name: site.shape for site in find(net)}
     arguments = measure.positional(job.inputs)
     with evaluating(job.model):
-        seconds = [cost.module_times(m, *arguments, seconds=0.5, threads=job.threads) for m in (job.model, net)]
+        seconds = [
+            cost.module_times(m, *arguments, seconds=0.2 * job.seconds, threads=job.threads) for m in (job.model, net)
+        ]
     for grid in space.grids:
         option, site = plan.picks[grid.choice], grid.site
         structure, shape = grid.structures[option], after[site.name]
