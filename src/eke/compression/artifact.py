@@ -145,8 +145,8 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
             ours, theirs = state[name], tensors[name]
             if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
                 raise ValueError(
-                    f"{name!r} is {ours.dtype} {tuple(ours.shape)} in the model and {theirs.dtype} {tuple(theirs.shape)} in "
-                    "the artifact: build the architecture that was compressed, in the same dtype."
+                    f"{name!r} is {ours.dtype} {tuple(ours.shape)} in the model and {theirs.dtype} "
+                    f"{tuple(theirs.shape)} in the artifact: build the architecture that was compressed, in its dtype."
                 )
             ours.copy_(theirs)
         for name, grid in grids.items():
@@ -246,7 +246,7 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     digest, wanted = sha256(folder / WEIGHTS), str(document.get("sha256", {}).get(WEIGHTS, "none"))
     if digest != wanted:
         raise ValueError(
-            f"{folder / WEIGHTS} was changed: its SHA-256 is {digest[:12]}..., the plan names {wanted[:12]}...; restore "
-            "the file or compress again."
+            f"{folder / WEIGHTS} was changed: its SHA-256 is {digest[:12]}..., the plan names {wanted[:12]}...; "
+            "restore the file or compress again."
         )
     return document

@@ -41,8 +41,8 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror}); what was there before stays. Free space and continue with "
-            "--resume",
+            f"{path} could not be written ({error.strerror}); what was there before stays. Free space and continue "
+            "with --resume",
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -135,8 +135,8 @@ class Run:
         start = folder / _START
         if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
             raise ValueError(
-                f"{folder} holds files that are not of a run ({min(path.name for path in folder.iterdir())}, ...): give "
-                "a new or empty folder."
+                f"{folder} holds files that are not of a run ({min(path.name for path in folder.iterdir())}, ...): "
+                "give a new or empty folder."
             )
         if resume and start.exists():
             _check_same(folder, read_json(start), recipe)

@@ -112,7 +112,7 @@ def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) 
     """
     if first.shape != second.shape or first.numel() == 0:
         raise ValueError(
-            f"Paired outcomes must have equal lengths of at least 1, got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"Paired outcomes need equal lengths of at least 1, got {tuple(first.shape)} and {tuple(second.shape)}."
         )
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     total = first.numel()

@@ -100,8 +100,8 @@ def _with_targets(batch: Batch) -> Tensor:
     _, targets = split_batch(batch)
     if not isinstance(targets, Tensor):
         raise TypeError(
-            f"The batch has no tensor of targets, got {type(targets).__name__}: yield (inputs, targets) or pass your own "
-            "loss=."
+            f"The batch has no tensor of targets, got {type(targets).__name__}: yield (inputs, targets) or pass your "
+            "own loss=."
         )
     return targets
 

@@ -33,7 +33,7 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, channels_in, h, w) to (batch, channels_out, h/stride, w/stride)."""
+        """Return (batch, channels_out, h/stride, w/stride) for x (batch, channels_in, h, w)."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -54,7 +54,7 @@ class Network(nn.Module):
         self.classifier = nn.Linear(third, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (batch, 1, 28, 28) to logits (batch, classes)."""
+        """Return logits (batch, classes) for normalised images (batch, 1, 28, 28)."""
         features = self.blocks(self.stem(images))
         pooled: Tensor = torch.flatten(F.adaptive_avg_pool2d(features, 1), 1)
         logits: Tensor = self.classifier(pooled)

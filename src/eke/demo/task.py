@@ -33,7 +33,11 @@ _DATA = files(__package__) / "data"
 
 
 def _read(name: str) -> bytes:
-    """Bytes of a package file whose digest fits."""
+    """Return the bytes of a package file.
+
+    Raises:
+        ValueError: if its digest is not the recorded one.
+    """
     content = (_DATA / name).read_bytes()
     wanted = json.loads((_DATA / "manifest.json").read_text())["sha256"][name]
     found = hashlib.sha256(content).hexdigest()
@@ -54,7 +58,7 @@ def images(split: str) -> tuple[Tensor, Tensor]:
         Images float32 (n, 1, 28, 28) and classes int64 (n,).
 
     Raises:
-        ValueError: if there is no such split, or the file was changed.
+        ValueError: if there is no such split, or its file was changed.
     """
     if split not in ("calibration", "selection", "report"):
         raise ValueError(f"The demo has the splits 'calibration', 'selection' and 'report', got {split!r}.")
@@ -71,8 +75,8 @@ def build() -> Network:
 
 
 def batched(pixels: Tensor, classes: Tensor, *, size: int = BATCH) -> list[tuple[Tensor, Tensor]]:
-    """Cut samples into batches of (images, classes); the last may be smaller."""
-    return list(zip(pixels.split(size), classes.split(size)))
+    """Return samples as batches of (images, classes); the last may be smaller."""
+    return list(zip(torch.split(pixels, size), torch.split(classes, size)))
 
 
 def task() -> Task:
