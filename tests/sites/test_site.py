@@ -181,9 +181,18 @@ def test_an_unknown_name_to_skip_is_an_error():
         sites.find(Encoder(), skip=["heed"])
 
 
-def test_wrapped_models_have_the_same_sites():
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as its structure goes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+
+@pytest.mark.parametrize("compiled", [Compiled, pytest.param(torch.compile, marks=pytest.mark.slow)])
+def test_wrapped_models_have_the_same_sites(compiled):
     model = Encoder()
-    wrapped = nn.DataParallel(torch.compile(model))
+    wrapped = nn.DataParallel(compiled(model))
     assert sites.unwrap(wrapped) is model
     assert sites.find(wrapped) == sites.find(model)
     assert sites.find(model)[0].module(wrapped) is model.patch

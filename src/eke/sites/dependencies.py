@@ -45,7 +45,7 @@ _UPDATES = {
     "_ExpandOp": "update_expand_index_mapping",
     "_SliceOp": "update_slice_index_mapping",
 }
-_MAX_STEPS = 4_000_000
+_MAX_STEPS_PER_CHANNEL = 2000
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,21 @@ class _Graph:
                 continue
             known.update(fresh)
             steps += len(fresh)
-            if steps > _MAX_STEPS:
-                reasons[self.names.get(id(root), "?")] = "its channel dependencies do not close"
+            if steps > _MAX_STEPS_PER_CHANNEL * max(64, len(channels)):
+                reasons[self.names[id(root)]] = "its channel dependencies do not close"
                 break
             output |= self._visit(node, function, fresh, reached, reasons)
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
                     indices = [_HybridIndex(idx=index, root_idx=origin) for index, origin in fresh]
-                    for mapping in dependency.index_mapping:
-                        indices = indices if mapping is None else mapping(indices)
+                    try:
+                        for mapping in dependency.index_mapping:
+                            indices = indices if mapping is None else mapping(indices)
+                    except IndexError:
+                        where = self.names.get(id(dependency.target.module), "an operation")
+                        reasons[self.names[id(root)]] = f"its channels could not be followed into {where}"
+                        todo.clear()
+                        break
                     todo.append((dependency.target, dependency.handler, [(i.idx, i.root_idx) for i in indices]))
         return _Reached(dict(reached), reasons, output)
 
