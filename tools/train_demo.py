@@ -23,7 +23,7 @@ import time
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Network, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of correctly classified images, in evaluation mode."""
     model.eval()
     right = sum(int((model(normalise(x)).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500)))
@@ -69,11 +69,10 @@ def accuracy(model: Network, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def train(images: Tensor, labels: Tensor, *, widths: tuple[int, int, int], epochs: int, seed: int) -> Network:
-    """Train from seeded random weights and return the network in evaluation mode."""
-    torch.manual_seed(seed)
+def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> nn.Module:
+    """Train a network with fresh random weights and return it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    model = Network(widths).to(memory_format=torch.channels_last).train()
+    model = model.to(memory_format=torch.channels_last).train()
     batch = 128
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -108,9 +107,8 @@ def main() -> None:
     labels = torch.from_numpy(read_idx(arguments.images / "train-labels-idx1-ubyte.gz")).long()
     test_images = torch.from_numpy(read_idx(arguments.images / "t10k-images-idx3-ubyte.gz"))
     test_labels = torch.from_numpy(read_idx(arguments.images / "t10k-labels-idx1-ubyte.gz")).long()
-    model = train(
-        images[:TRAINED_ON], labels[:TRAINED_ON], widths=(32, 64, 128), epochs=arguments.epochs, seed=arguments.seed
-    )
+    torch.manual_seed(arguments.seed)
+    model = train(Network(), images[:TRAINED_ON], labels[:TRAINED_ON], epochs=arguments.epochs, seed=arguments.seed)
     held_out = accuracy(model, images[TRAINED_ON:], labels[TRAINED_ON:])
     tested = accuracy(model, test_images, test_labels)
     sys.stderr.write(f"held-out {held_out:.4f} test {tested:.4f}\n")
