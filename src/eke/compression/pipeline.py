@@ -19,7 +19,7 @@ from torch import nn
 from .._types import Batch, Counts, Evaluate, Loss
 from ..sites import unwrap
 from ..structures import UniformGrid
-from . import apply
+from . import apply, measure
 from .artifact import Blueprint
 from .budget import Budget
 from .checkpoint import Run, read_tensors, write_tensors
@@ -30,7 +30,7 @@ from .measure import Inputs
 from .plan import Plan
 from .recover import Recovery, recover_
 from .result import Result
-from .rounds import plan_within
+from .rounds import attempts, plan_within
 from .space import Space, explore
 from .task import Forward, Task, split_batch
 from .task import forward as default_forward
@@ -129,20 +129,27 @@ def compress(
         check_report(selection, budget.drop)
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
     space = explore(job, run)
-    plan, rounds = plan_within(job, space, run)
     lessons = _lessons(job)
-    net, early = _recovered(job, space, plan, lessons, run)
+    for number, limits in enumerate(attempts(budget, space.before)):
+        found = plan_within(job, space, run, limits=limits, stage=f"plan-{number}")
+        net, early = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
+        if budget.limited or _kept(job, selection, job.score(net, of="the compressed model")):
+            break
     blueprint = Blueprint(
-        apply.surgery(space.widths, plan.picks),
+        apply.surgery(space.widths, found.plan.picks),
         space.folded,
         space.memory_format,
-        apply.grids_of(space.grids, plan.picks),
+        apply.grids_of(space.grids, found.plan.picks),
     )
-    evidence = verify(
-        job, space, net, blueprint, plan=plan, rounds=rounds,
-        scores={"selection before": selection, "before recovery": early}, notes=notes,
-    )  # fmt: skip
-    return Result(net, plan, budget, blueprint, evidence, dict(recipe or {}), title or type(bare).__name__)
+    scores = {"selection before": selection, "before recovery": early}
+    evidence = verify(job, space, net, blueprint, found=found, scores=scores, notes=notes)
+    return Result(net, found.plan, budget, blueprint, evidence, dict(recipe or {}), title or type(bare).__name__)
+
+
+def _kept(job: Job, before: float | Counts, after: float | Counts) -> bool:
+    """Return whether the drop on the selection split keeps its limit."""
+    drop = measure.drop_between(before, after, limit=job.budget.drop)
+    return drop.limit is None or drop.points <= drop.limit
 
 
 def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: Forward | None) -> Task:
@@ -193,20 +200,22 @@ def _lessons(job: Job) -> Lessons:
     return collect(job.model, job.batches, forward=job.forward)
 
 
-def _recovered(job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run) -> tuple[nn.Module, float | Counts]:
+def _recovered(
+    job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str
+) -> tuple[nn.Module, float | Counts]:
     """Return the cut, recovered net on its grids, and the score that it had before recovery."""
     net = apply.cut(job.model, space.widths, plan.picks, sites=space.sites, curvature=space.curvature)
     apply.recalibrate_(net, lessons, forward=job.forward)
     early = job.score(net, of="the cut model")
     grids = apply.grids_of(space.grids, plan.picks)
-    done = run.path("recovered.safetensors")
+    done = run.path(f"{stage}-done.safetensors")
     if done is not None and done.exists():
         net.load_state_dict(read_tensors(done)[0])
     elif job.recovery.steps:
         steps = job.recovery.steps
         recover_(
             net, lessons, job.recovery, grids=apply.on_grids(net, grids), forward=job.forward, seed=job.seed,
-            checkpoint=run.path("recovery.safetensors"),
+            checkpoint=run.path(f"{stage}.safetensors"),
             progress=lambda step, loss: job.progress("recover", step / steps, f"step {step}/{steps}, loss {loss:.4f}"),
         )  # fmt: skip
         if done is not None:

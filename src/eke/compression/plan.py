@@ -134,6 +134,8 @@ def _check(choices: Sequence[Choice], terms: Sequence[Term]) -> None:
         unknown = [name for name in term.over if name not in sizes]
         if unknown:
             raise ValueError(f"A term of {term.resource!r} names unknown choices: {unknown}.")
+        if len(set(term.over)) != len(term.over):
+            raise ValueError(f"A term of {term.resource!r} names a choice twice: {term.over}.")
         wanted = tuple(sizes[name] for name in term.over)
         if term.table.shape != wanted:
             raise ValueError(
@@ -142,6 +144,9 @@ def _check(choices: Sequence[Choice], terms: Sequence[Term]) -> None:
         if not np.isfinite(term.table).all():
             bad = tuple(int(i) for i in np.argwhere(~np.isfinite(term.table))[0])
             raise ValueError(f"The {term.resource!r} table over {term.over} is not finite at {bad}: {term.table[bad]}.")
+        if (term.table < 0).any():
+            bad = tuple(int(i) for i in np.argwhere(term.table < 0)[0])
+            raise ValueError(f"The {term.resource!r} table over {term.over} is negative at {bad}: {term.table[bad]}.")
 
 
 def _build(choices: Sequence[Choice], terms: Sequence[Term]) -> _Program:
@@ -249,7 +254,7 @@ def choose(
         The plan.
 
     Raises:
-        ValueError: if a table does not fit its choices or a limit names an unknown resource.
+        ValueError: if a table does not fit its choices, or a limit is not positive or names an unknown resource.
         InfeasibleError: if no combination keeps every limit; carries the totals that come nearest.
     """  # noqa: DOC501, DOC502
     start = time.perf_counter()
@@ -258,13 +263,15 @@ def choose(
     unknown = [name for name in limits if name not in program.costs]
     if unknown:
         raise ValueError(f"Limits on resources without a table: {unknown}; known: {sorted(program.costs)}.")
+    for name, limit in limits.items():
+        if not (np.isfinite(limit) and limit > 0):
+            raise ValueError(f"The limit of {name!r} must be positive and finite, got {limit}.")
     scaled = {
         name: (program.costs[name] / limit, 1 - constants.get(name, 0.0) / limit) for name, limit in limits.items()
     }
     loss = program.costs.get("loss", np.zeros(program.equalities.shape[1]))
-    weight = max(float(np.abs(loss).max(initial=0.0)), 1e-30)
-    thrift = sum((line for line, _ in scaled.values()), np.zeros_like(loss))
-    solution, reached = _solve(program, loss / weight + 1e-9 * thrift, list(scaled.values()), gap=gap, seconds=seconds)
+    weight = max(float(loss.max(initial=0.0)), 1e-30)
+    solution, reached = _solve(program, loss / weight, list(scaled.values()), gap=gap, seconds=seconds)
     if solution is None:
         raise _infeasible(program, choices, terms, limits, scaled=scaled, seconds=seconds)
     picks = _read(program, choices, solution)

@@ -7,6 +7,7 @@ the one of least predicted loss among those within all limits, or else the one t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .. import cost
 from ..report import Round
@@ -22,16 +23,32 @@ from .task import evaluating
 ROUNDS = 3
 """Most rounds of planning."""
 
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and how it was found.
+
+    Args:
+        plan: The chosen options.
+        rounds: What each round measured.
+    """
+
+    plan: Plan
+    rounds: tuple[Round, ...]
+
+
 _MARGIN = {"latency": 0.97, "size": 0.995, "peak_memory": 0.995}
 
 
-def plan_within(job: Job, space: Space, run: Run) -> tuple[Plan, tuple[Round, ...]]:
+def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float], stage: str) -> Planned:
     """Find the plan of least predicted loss whose measured costs keep the limits.
 
     Args:
         job: What was asked.
         space: What may be changed.
         run: Where the plan is recorded.
+        limits: Largest total of each limited resource.
+        stage: Name under which the plan is recorded.
 
     Returns:
         The plan, and what each round measured.
@@ -39,63 +56,67 @@ def plan_within(job: Job, space: Space, run: Run) -> tuple[Plan, tuple[Round, ..
     Raises:
         InfeasibleError: if no plan is predicted to keep the limits; names the nearest.
     """
-    stored = run.get("plan")
+    stored = run.get(stage)
     if stored is not None:
         plan = Plan(stored["picks"], stored["predicted"], stored["gap"], stored["seconds"])
-        return plan, tuple(Round(int(r["number"]), str(r["text"])) for r in stored["rounds"])
-    limits = _limits(job.budget, space.before)
-    decisions = tables.choices(space.widths, space.grids)
+        return Planned(plan, tuple(Round(int(r["number"]), str(r["text"])) for r in stored["rounds"]))
     correction = dict.fromkeys(RESOURCES, 1.0)
     best: tuple[tuple[bool, float], Plan] | None = None
     rounds: list[Round] = []
     for number in range(1, ROUNDS + 1):
         job.progress("plan", (number - 1) / ROUNDS, f"round {number}")
-        terms = [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
-        wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
         try:
-            plan = choose(decisions, terms, limits=wanted)
+            plan = _choose(space, correction, limits)
         except InfeasibleError:
             if best is None:
                 raise
             break
         after = _plan_costs(job, space, plan)
         missed = [name for name, limit in limits.items() if after[name] > limit]
+        outcome = f"over the limit: {', '.join(missed)}" if missed else "within all limits"
+        rounds.append(Round(number, f"measured {describe(after)}; {outcome}"))
         excess = max([after[name] / limits[name] for name in limits], default=0.0)
-        rounds.append(
-            Round(
-                number,
-                f"measured {describe(after)}; "
-                + (f"over the limit: {', '.join(missed)}" if missed else "within all limits"),
-            )
-        )
         key = (bool(missed), excess if missed else plan.predicted.get("loss", 0.0))
         if best is None or key < best[0]:
             best = (key, plan)
-        close = all(after[name] > 0.93 * limits[name] for name in limits if name in ("latency", "size"))
-        if not missed and (close or number == ROUNDS):
+        if not missed and all(after[name] > 0.93 * limits[name] for name in limits if name in _MARGIN):
             break
         for name in limits:
             correction[name] *= after[name] / max(plan.predicted[name], 1e-30)
     assert best is not None
     plan = best[1]
-    run.put(
-        "plan",
-        {
-            "picks": dict(plan.picks),
-            "predicted": dict(plan.predicted),
-            "gap": plan.gap,
-            "seconds": plan.seconds,
-            "rounds": [vars(r) for r in rounds],
-        },
-    )
-    return plan, tuple(rounds)
+    document = {"picks": dict(plan.picks), "predicted": dict(plan.predicted), "gap": plan.gap, "seconds": plan.seconds}
+    run.put(stage, {**document, "rounds": [vars(r) for r in rounds]})
+    return Planned(plan, tuple(rounds))
 
 
-def _limits(budget: Budget, before: Mapping[str, float]) -> dict[str, float]:
+def _choose(space: Space, correction: Mapping[str, float], limits: Mapping[str, float]) -> Plan:
+    """Return a plan with a little room below the limits for noise; without it if there is none to have."""
+    terms = [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
+    decisions = tables.choices(space.widths, space.grids)
+    wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
+    try:
+        return choose(decisions, terms, limits=wanted)
+    except InfeasibleError:
+        return choose(decisions, terms, limits=limits)
+
+
+def attempts(budget: Budget, before: Mapping[str, float]) -> list[dict[str, float]]:
+    """Return the limits to plan for, one set an attempt.
+
+    Args:
+        budget: What was asked.
+        before: Costs of the original.
+
+    Returns:
+        The limits themselves if a cost is limited. With a limit on the drop alone, less and less is asked for: half of
+        the time and a quarter of the bytes first.
+    """
     found = {name: budget.limit(name, before=before[name]) for name in budget.limited}
     limits = {name: limit for name, limit in found.items() if limit is not None}
-    # With a limit on the drop alone, half of the time and a quarter of the bytes are asked for.
-    return limits or {"latency": 0.5 * before["latency"], "size": 0.25 * before["size"]}
+    if limits:
+        return [limits]
+    return [{"latency": share * before["latency"], "size": 0.5 * share * before["size"]} for share in (0.5, 0.7, 0.9)]
 
 
 def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:

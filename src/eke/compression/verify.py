@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import cost
 from .._types import Counts
-from ..report import PlanLine, Round, Speedup, Split
+from ..report import PlanLine, Speedup, Split
 from ..sites import find
 from ..structures import UniformGrid
 from . import apply, measure
@@ -18,6 +18,7 @@ from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
 from .result import Evidence
+from .rounds import Planned
 from .space import Space
 from .task import evaluating
 
@@ -28,8 +29,7 @@ def verify(
     net: nn.Module,
     blueprint: Blueprint,
     *,
-    plan: Plan,
-    rounds: Sequence[Round],
+    found: Planned,
     scores: Mapping[str, float | Counts],
     notes: Sequence[str],
 ) -> Evidence:
@@ -40,8 +40,7 @@ def verify(
         space: What could be changed.
         net: The result, deployed.
         blueprint: What was done to the architecture.
-        plan: What was chosen.
-        rounds: Of planning.
+        found: What was chosen, and how.
         scores: Scores so far, by label.
         notes: Remarks so far.
 
@@ -95,10 +94,18 @@ def verify(
     lossless = {**space.lossless, "size": float(cost.model_bytes(base))}
     job.progress("verify", 1.0, "done")
     return Evidence(
-        before=space.before, after=after, scores=scores, speedups=tuple(speedups),
-        plan=_plan_lines(job, space, net, plan), rounds=tuple(rounds), splits=_splits(job, scores), notes=tuple(notes),
-        warnings=tuple(warnings), environment=_environment(job, space), lossless=lossless,
-    )  # fmt: skip
+        before=space.before,
+        after=after,
+        scores=scores,
+        speedups=tuple(speedups),
+        plan=_plan_lines(job, space, net, found.plan),
+        rounds=found.rounds,
+        splits=_splits(job, scores),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        environment=_environment(job, space),
+        lossless=lossless,
+    )
 
 
 def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[PlanLine, ...]:
