@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eke import sites
+from eke.sites.channels import NotCuttableError, axes_of
 from eke.sites.groups import prove_jointly
 from eke.sites.proof import cut, double_copy, masked, prepare, random_keep, random_like, randomize_
 
@@ -148,3 +149,23 @@ def test_random_inputs_have_the_shape_and_the_values_that_occur():
     small = random_like(inputs, generator(), samples=2, image_size=32)
     assert small["image"].shape == (2, 3, 32, 32)
     assert small["tokens"].shape == (2, 3)
+
+
+def test_layers_that_cannot_be_cut_say_why():
+    cases = {
+        "the weight of this ParametrizedLinear is parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        "GroupNorm in 2 groups without weights": nn.GroupNorm(2, 4, affine=False),
+        "RMSNorm is kept whole": nn.RMSNorm(4),
+        "convolution in 2 groups": nn.Conv2d(4, 4, 1, groups=2),
+    }
+    for reason, module in cases.items():
+        with pytest.raises(NotCuttableError, match=reason):
+            axes_of(module, "out")
+
+
+def test_parametrized_layers_are_followed_by_nobody():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), normed, nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=r"0 \(with 4, 2\): 2: the weight of this ParametrizedLinear is parametrized"):
+        names = [group.name for group in sites.channel_groups(model, torch.randn(2, 3))]
+    assert names == ["4"]

@@ -171,12 +171,12 @@ def axes_of(module: nn.Module, side: Side) -> Axes:
     elif isinstance(module, nn.Embedding):
         axes = Axes("out", (("weight", 1),), (("embedding_dim", "weight", 1, 1),))
     elif isinstance(module, nn.LayerNorm):
-        raise NotCuttableError("LayerNorm averages over the channels")
+        raise NotCuttableError(f"{type(module).__name__} averages over the channels")
     else:
         raise NotCuttableError(f"{type(module).__name__} is kept whole")
     present = tuple((a, d) for a, d in axes.tensors if module._parameters.get(a, module._buffers.get(a)) is not None)
     if axes.matrix and "weight" not in module._parameters:
-        raise NotCuttableError("its weight is parametrized")
+        raise NotCuttableError(f"the weight of this {type(module).__name__} is parametrized")
     counted = tuple(c for c in axes.counts if (c[1], c[2]) in present and hasattr(module, c[0]))
     return Axes(axes.side, present, counted, axes.matrix, axes.kernel, axes.block)
 
@@ -204,7 +204,7 @@ def _shared_axes(tensors: tuple[str, ...], count: str) -> Axes:
 
 def _group_norm_axes(module: nn.GroupNorm) -> Axes:
     if module.weight is None:
-        raise NotCuttableError("GroupNorm without weights")
+        raise NotCuttableError(f"GroupNorm in {module.num_groups} groups without weights")
     block = module.num_channels // module.num_groups
     counts = (("num_channels", "weight", 0, 1), ("num_groups", "weight", 0, block))
     return Axes("both", (("weight", 0), ("bias", 0)), counts, block=block)

@@ -342,12 +342,13 @@ def _opaque_pruner() -> Any:
         """Ends every walk: groups that reach it are left out."""
 
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            """Return the layer as it is."""
             return layer
 
         prune_in_channels = prune_out_channels
 
         def get_out_channels(self, layer: nn.Module) -> None:
-            return None
+            """Return nothing: the number of channels is not known."""
 
         get_in_channels = get_out_channels
 
@@ -361,15 +362,19 @@ def _conv1d_pruner() -> Any:
         """The transposed linear layer of GPT-2."""
 
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            """Return the layer as it is."""
             return layer
 
         def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            """Return the layer as it is."""
             return layer
 
         def get_out_channels(self, layer: nn.Module) -> int:
+            """Return the number of output channels as far as it is known."""
             return int(layer.weight.shape[1])  # type: ignore[index]
 
         def get_in_channels(self, layer: nn.Module) -> int:
+            """Return the number of input channels as far as it is known."""
             return int(layer.weight.shape[0])  # type: ignore[index]
 
     return Transposed()
