@@ -1,0 +1,218 @@
+"""The planner against enumeration of every plan."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from eke.compression import plan as planning
+from eke.compression.plan import Choice, InfeasibleError, Term, choose, total
+
+GAP = 1e-4
+
+
+def factor_graph(seed: int, *, decisions: int = 4, options: int = 3) -> tuple[list[Choice], list[Term]]:
+    """Random tables over one to three decisions: the loss falls and the costs rise with what is kept, but not exactly."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, options + 1, size=decisions)
+    choices = [Choice(f"c{i}", tuple(str(o) for o in range(n))) for i, n in enumerate(sizes)]
+    terms = []
+    for resource in ("loss", "size", "macs"):
+        for arity in (1, 1, 2, 2, 3):
+            members = rng.choice(decisions, size=min(arity, decisions), replace=False)
+            over = tuple(choices[i].name for i in members)
+            terms.append(Term(over, resource, rng.uniform(0, 10, [len(choices[i].options) for i in members])))
+        terms.append(Term((), resource, np.asarray(rng.uniform(0, 5))))
+    return choices, terms
+
+
+def every_plan(choices: list[Choice], terms: list[Term]) -> list[dict[str, float]]:
+    names = [c.name for c in choices]
+    return [total(terms, dict(zip(names, p))) for p in itertools.product(*(range(len(c.options)) for c in choices))]
+
+
+def limits_at(plans: list[dict[str, float]], share: float) -> dict[str, float]:
+    """Limits between the least and the largest total of each cost."""
+    found = {}
+    for name in ("size", "macs"):
+        values = [p[name] for p in plans]
+        found[name] = min(values) + share * (max(values) - min(values))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_plan_is_the_best_of_all(seed, share):
+    choices, terms = factor_graph(seed)
+    plans = every_plan(choices, terms)
+    limits = limits_at(plans, share)
+    feasible = [p for p in plans if all(p[name] <= limits[name] for name in limits)]
+    if not feasible:
+        with pytest.raises(InfeasibleError):
+            choose(choices, terms, limits=limits)
+        return
+    found = choose(choices, terms, limits=limits)
+    least = min(p["loss"] for p in feasible)
+    assert found.predicted["loss"] <= least * (1 + 2 * GAP) + 1e-9
+    for name, limit in limits.items():
+        assert found.predicted[name] <= limit * (1 + 1e-9)
+    assert found.predicted == total(terms, found.picks)
+    assert found.gap <= GAP
+    assert found.seconds > 0
+
+
+def test_a_limit_that_a_plan_just_keeps_is_kept():
+    choices, terms = factor_graph(3)
+    plans = every_plan(choices, terms)
+    for wanted in plans[::7]:
+        limits = {"size": wanted["size"], "macs": wanted["macs"]}
+        found = choose(choices, terms, limits=limits)
+        assert found.predicted["loss"] <= wanted["loss"] * (1 + 2 * GAP)
+        assert all(found.predicted[name] <= limit * (1 + 1e-9) for name, limit in limits.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_larger_budget_never_costs_loss(seed):
+    choices, terms = factor_graph(100 + seed, decisions=5)
+    plans = every_plan(choices, terms)
+    losses = []
+    for share in np.linspace(0, 1, 9):
+        try:
+            losses.append(choose(choices, terms, limits=limits_at(plans, share)).predicted["loss"])
+        except InfeasibleError:
+            assert not losses
+    assert len(losses) > 2
+    assert all(b <= a * (1 + 2 * GAP) for a, b in itertools.pairwise(losses))
+
+
+def test_without_limits_the_least_loss_is_chosen():
+    choices, terms = factor_graph(5)
+    assert choose(choices, terms, limits={}).predicted["loss"] == pytest.approx(
+        min(p["loss"] for p in every_plan(choices, terms)), rel=2 * GAP
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_impossible_budget_names_the_least_common_stretch(seed):
+    choices, terms = factor_graph(seed)
+    plans = every_plan(choices, terms)
+    limits = {name: 0.6 * min(p[name] for p in plans) for name in ("size", "macs")}
+    with pytest.raises(
+        InfeasibleError, match=r"below the smallest plan\. Nearest feasible: size .* \(limit .*\), macs"
+    ) as caught:
+        choose(choices, terms, limits=limits)
+    nearest = caught.value.nearest
+    assert any(all(nearest[r] == pytest.approx(p[r], rel=1e-9) for r in p) for p in plans)
+    stretch = min(max(p[name] / limits[name] for name in limits) for p in plans)
+    assert max(nearest[name] / limits[name] for name in limits) <= stretch * (1 + 2e-3)
+    again = choose(choices, terms, limits={name: nearest[name] * (1 + 1e-9) for name in limits})
+    assert all(again.predicted[name] <= nearest[name] * (1 + 1e-6) for name in limits)
+
+
+def test_the_message_shows_values_with_units():
+    choices = [Choice("c", ("all", "half"))]
+    terms = [Term(("c",), "loss", np.array([0.0, 1.0])), Term(("c",), "size", np.array([9.4e6, 4.7e6]))]
+    with pytest.raises(
+        InfeasibleError, match=r"Nearest feasible: size 4\.7 MB \(limit 4 MB\)\. Raise the limits or allow"
+    ):
+        choose(choices, terms, limits={"size": 4e6})
+
+
+def test_constants_count_against_the_limits():
+    choices = [Choice("c", ("all", "half"))]
+    terms = [
+        Term(("c",), "loss", np.array([0.0, 1.0])),
+        Term(("c",), "size", np.array([8.0, 4.0])),
+        Term((), "size", np.asarray(3.0)),
+    ]
+    assert choose(choices, terms, limits={"size": 11.0}).picks == {"c": 0}
+    found = choose(choices, terms, limits={"size": 10.9})
+    assert found.picks == {"c": 1}
+    assert found.predicted == {"loss": 1.0, "size": 7.0}
+    with pytest.raises(InfeasibleError) as caught:
+        choose(choices, terms, limits={"size": 2.0})
+    assert caught.value.nearest["size"] == 7.0
+
+
+def test_a_resource_that_no_decision_changes_can_be_limited():
+    choices = [Choice("c", ("all", "half"))]
+    terms = [Term(("c",), "loss", np.array([0.0, 1.0])), Term((), "macs", np.asarray(3.0))]
+    assert choose(choices, terms, limits={"macs": 3.0}).picks == {"c": 0}
+    with pytest.raises(InfeasibleError):
+        choose(choices, terms, limits={"macs": 2.9})
+
+
+def test_one_plan_solves_forty_decisions_with_pairs():
+    rng = np.random.default_rng(0)
+    choices = [Choice(f"c{i}", tuple("abcdef")) for i in range(40)]
+    share = np.linspace(1, 0.2, 6)
+    terms = [Term((c.name,), "loss", np.cumsum(rng.uniform(0, 1, 6))) for c in choices]
+    terms += [Term((a.name, b.name), "macs", np.outer(share, share)) for a, b in itertools.pairwise(choices)]
+    found = choose(choices, terms, limits={"macs": 13.0})
+    assert found.predicted["macs"] <= 13.0 * (1 + 1e-9)
+    assert set(found.picks) == {c.name for c in choices}
+
+
+def test_standard_output_stays_clean_while_solving(capfd, monkeypatch):
+    solve = planning.milp
+
+    def noisy(*arguments, **options):
+        os.write(1, b"noise of a native library\n")
+        return solve(*arguments, **{**options, "options": {**options["options"], "disp": True}})
+
+    monkeypatch.setattr(planning, "milp", noisy)
+    choices, terms = factor_graph(0)
+    choose(choices, terms, limits={"size": 1e3})
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "noise of a native library" in err
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "after\n"
+
+
+def test_standard_output_is_restored_after_an_error(capfd, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("solver broke")
+
+    monkeypatch.setattr(planning, "milp", broken)
+    choices, terms = factor_graph(0)
+    with pytest.raises(RuntimeError, match="solver broke"):
+        choose(choices, terms, limits={"size": 1e3})
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "after\n"
+
+
+A = Choice("a", ("x", "y"))
+LOSS = Term(("a",), "loss", np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("choices", "terms", "limits", "message"),
+    [
+        ([A, A], [LOSS], {}, r"Choices must have different names, got \['a', 'a'\]"),
+        ([A], [Term(("b",), "size", np.zeros(2))], {}, r"A term of 'size' names unknown choices: \['b'\]"),
+        ([A], [Term(("a",), "size", np.zeros(3))], {}, r"'size' table over \('a',\) must have shape \(2,\), got \(3,\)"),
+        ([A], [Term(("a",), "size", np.array([0, np.nan]))], {}, r"'size' table over \('a',\) is not finite at \(1,\): nan"),
+        ([A], [Term((), "size", np.asarray(np.inf))], {}, r"'size' table over \(\) is not finite at \(\): inf"),
+        ([A], [LOSS], {"macs": 1.0}, r"Limits on resources without a table: \['macs'\]; known: \['loss'\]"),
+        ([A], [LOSS, Term(("a",), "size", np.ones(2))], {"size": 0.0}, r"limit of 'size' must be positive and finite, got 0"),
+        ([A], [LOSS, Term(("a",), "size", np.ones(2))], {"size": np.nan}, r"limit of 'size' must be positive .*, got nan"),
+        ([A], [LOSS, Term(("a",), "size", np.array([1.0, -1]))], {}, r"'size' table over \('a',\) is negative at \(1,\): -1"),
+        ([A], [Term(("a", "a"), "size", np.ones((2, 2)))], {}, r"A term of 'size' names a choice twice: \('a', 'a'\)"),
+    ],
+)  # fmt: skip
+def test_bad_problems_are_refused(choices, terms, limits, message):
+    with pytest.raises(ValueError, match=message):
+        choose(choices, terms, limits=limits)
+
+
+def test_when_no_plan_is_found_in_time_it_is_said(monkeypatch):
+    monkeypatch.setattr(planning, "_solve", lambda *_, **__: (None, 0.0))
+    with pytest.raises(
+        InfeasibleError, match=r"No plan was found within 0\.5 s for the limits \{'size': 3\.0\}"
+    ) as caught:
+        choose([A], [LOSS, Term(("a",), "size", np.ones(2))], limits={"size": 3.0}, seconds=0.5)
+    assert caught.value.nearest == {}
