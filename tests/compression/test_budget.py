@@ -93,8 +93,13 @@ def test_other_types_are_refused(quantity):
 
 @pytest.mark.parametrize(
     ("name", "quantity", "allowed"),
-    [("latency", "3kB", "'x', '%', 's', 'ms', 'us'"), ("latency", 3, "'ms'"), ("size", "3ms", "'kb', 'mb'"), ("macs", "3GFLOP", "'gmac'")],
-)  # fmt: skip
+    [
+        ("latency", "3kB", "'x', '%', 's', 'ms', 'us'"),
+        ("latency", 3, "'ms'"),
+        ("size", "3ms", "'kb', 'mb'"),
+        ("macs", "3GFLOP", "'gmac'"),
+    ],
+)
 def test_unknown_units_are_refused_with_those_that_are_known(name, quantity, allowed):
     with pytest.raises(ValueError, match=rf"Budget\.{name} has the unknown unit .* in .*; allowed: .*{allowed}"):
         Budget(**{name: quantity})

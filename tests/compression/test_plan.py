@@ -15,7 +15,7 @@ GAP = 1e-4
 
 
 def factor_graph(seed: int, *, decisions: int = 4, options: int = 3) -> tuple[list[Choice], list[Term]]:
-    """Random tables over one to three decisions: the loss falls and the costs rise with what is kept, but not exactly."""
+    """Random tables over no, one, two and three decisions."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, options + 1, size=decisions)
     choices = [Choice(f"c{i}", tuple(str(o) for o in range(n))) for i, n in enumerate(sizes)]
@@ -189,21 +189,25 @@ A = Choice("a", ("x", "y"))
 LOSS = Term(("a",), "loss", np.zeros(2))
 
 
+def size(*table: float, over: tuple[str, ...] = ("a",)) -> Term:
+    return Term(over, "size", np.asarray(table))
+
+
 @pytest.mark.parametrize(
     ("choices", "terms", "limits", "message"),
     [
         ([A, A], [LOSS], {}, r"Choices must have different names, got \['a', 'a'\]"),
-        ([A], [Term(("b",), "size", np.zeros(2))], {}, r"A term of 'size' names unknown choices: \['b'\]"),
-        ([A], [Term(("a",), "size", np.zeros(3))], {}, r"'size' table over \('a',\) must have shape \(2,\), got \(3,\)"),
-        ([A], [Term(("a",), "size", np.array([0, np.nan]))], {}, r"'size' table over \('a',\) is not finite at \(1,\): nan"),
+        ([A], [size(0, 0, over=("b",))], {}, r"A term of 'size' names unknown choices: \['b'\]"),
+        ([A], [size(0, 0, 0)], {}, r"'size' table over \('a',\) must have shape \(2,\), got \(3,\)"),
+        ([A], [size(0, np.nan)], {}, r"'size' table over \('a',\) is not finite at \(1,\): nan"),
         ([A], [Term((), "size", np.asarray(np.inf))], {}, r"'size' table over \(\) is not finite at \(\): inf"),
         ([A], [LOSS], {"macs": 1.0}, r"Limits on resources without a table: \['macs'\]; known: \['loss'\]"),
-        ([A], [LOSS, Term(("a",), "size", np.ones(2))], {"size": 0.0}, r"limit of 'size' must be positive and finite, got 0"),
-        ([A], [LOSS, Term(("a",), "size", np.ones(2))], {"size": np.nan}, r"limit of 'size' must be positive .*, got nan"),
-        ([A], [LOSS, Term(("a",), "size", np.array([1.0, -1]))], {}, r"'size' table over \('a',\) is negative at \(1,\): -1"),
+        ([A], [LOSS, size(1, 1)], {"size": 0.0}, r"limit of 'size' must be positive and finite, got 0"),
+        ([A], [LOSS, size(1, 1)], {"size": np.nan}, r"limit of 'size' must be positive and finite, got nan"),
+        ([A], [LOSS, size(1, -1)], {}, r"'size' table over \('a',\) is negative at \(1,\): -1"),
         ([A], [Term(("a", "a"), "size", np.ones((2, 2)))], {}, r"A term of 'size' names a choice twice: \('a', 'a'\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_problems_are_refused(choices, terms, limits, message):
     with pytest.raises(ValueError, match=message):
         choose(choices, terms, limits=limits)
