@@ -1,0 +1,210 @@
+"""`eke inspect`: what a model weighs, place by place, and what could be saved there.
+
+Parameters and FLOPs are counted, the share of time is measured, the sensitivity is estimated: the loss that rounding
+the matrix to 4 bits is predicted to cost, 1/2 tr(D^T G D A). Numbers of a module with several matrices stand at its
+first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .._version import __version__
+from .load import load_model, load_task
+from .options import DataOption, DebugOption, JsonOption, ModelArgument, TaskOption, ThreadsOption
+from .recipe import Recipe
+from .session import UsageError, emit, session
+from .show import draw
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..compression import Task
+    from ..report import Document, SiteLine
+    from ..sites import ChannelGroup, Site
+
+BITS = 4
+_SAMPLES, _LOCATIONS = 1024, 64
+
+
+def inspect(
+    *,
+    model: ModelArgument = None,
+    data: DataOption = None,
+    task: TaskOption = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="SHAPE", help="Without data: 1,3,224,224; whole numbers: 1,128:int64; repeat."),
+    ] = None,
+    html: Annotated[
+        pathlib.Path | None, typer.Option("--html", metavar="FILE", help="Write a page too.", show_default=False)
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List what a model consists of and costs.
+
+    One line for each matrix: parameters, FLOPs, measured share of the time, and the loss that rounding it to 4 bits is
+    estimated to cost; then the channels that can be cut together, and what is left alone and why.
+    """  # noqa: DOC501
+    with session(as_json=as_json, debug=debug):
+        from ..compression.checkpoint import write_bytes
+        from ..cost import pinned_threads
+        from ..report import html as pages
+
+        recipe = Recipe(model, data, task)
+        if recipe.task is None and recipe.data is None and not inputs:
+            raise UsageError(
+                "inspect needs what the model is called with: --data FILE.py:FUNCTION or --input 1,3,224,224."
+            )
+        net = load_model(recipe)
+        known = load_task(recipe) if recipe.task or recipe.data else None
+        with pinned_threads(threads):
+            document, groups, left_out = inspected(
+                net, known, inputs=[_example(text) for text in inputs or []], title=recipe.model or "demo"
+            )
+        if html is not None:
+            write_bytes(html, pages.render(document).encode())
+    if as_json:
+        emit({**json.loads(document.to_json()), "channel_groups": groups, "skipped": left_out})
+        return
+    draw(document)
+    for note in document.notes:
+        typer.echo(note)
+    if html is not None:
+        typer.echo(str(html))
+
+
+def _example(text: str) -> Tensor:
+    """Return a tensor of a shape such as "1,3,224,224" or "1,128:int64"."""  # noqa: DOC501
+    import torch
+
+    shape, colon, kind = text.partition(":")
+    kinds = {"": torch.float32, "float32": torch.float32, "int64": torch.int64}
+    try:
+        sizes = tuple(int(size) for size in shape.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or kind not in kinds or (colon and not kind):
+        raise UsageError(f"--input needs a shape such as 1,3,224,224 or 1,128:int64, got {text!r}.")
+    if kind == "int64":
+        return torch.zeros(sizes, dtype=torch.int64)
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def inspected(
+    model: nn.Module, task: Task | None, *, inputs: Sequence[Tensor], title: str
+) -> tuple[Document, list[dict[str, Any]], dict[str, str]]:
+    """Look at a model.
+
+    Args:
+        model: Any module; not changed.
+        task: Its data; None leaves the sensitivity out.
+        inputs: What it is called with; empty for the first calibration batch.
+        title: Of the report.
+
+    Returns:
+        The report, the channel groups as plain values, and what is no site with the reason.
+    """
+    from .. import cost
+    from ..compression.measure import costs, runner
+    from ..compression.task import evaluating, split_batch
+    from ..report import Document, Measured, Verdict
+    from ..sites import channel_groups, find, skipped, unwrap
+
+    model = unwrap(model)
+    arguments: Any = tuple(inputs) if inputs or task is None else split_batch(next(iter(task.calibration)))[0]
+    positional: tuple[Any, ...] = (arguments,) if isinstance(arguments, dict) else arguments
+    with evaluating(model):
+        sites = find(model)
+        flops = cost.flops_by_module(model, *positional)
+        times = cost.module_times(model, *positional, seconds=2.0)
+        latency = cost.latency(runner(model, arguments), seconds=1.0)
+        counted = costs(model, arguments)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            groups = channel_groups(model, arguments)
+            losses = {} if task is None else sensitivities(model, task, sites)
+    left_out = skipped(model)
+    document = Document(
+        kind="inspect", title=title, eke_version=__version__,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        verdict=Verdict(None, False, _sentence(model, sites, groups)),
+        before=Measured(
+            "model", bytes=round(counted["size"]), parameters=round(counted["parameters"]), flops=flops[""],
+            milliseconds=1e3 * latency.median, peak_bytes=round(counted["peak_memory"]),
+        ),
+        sites=_lines(sites, flops, times, losses),
+        notes=(*(_group_words(group) for group in groups), *(f"not a site: {n}: {why}" for n, why in left_out.items())),
+        warnings=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
+        environment={str(k): str(v) for k, v in cost.environment().to_json().items()},
+    )  # fmt: skip
+    return document, [_group_json(group) for group in groups], left_out
+
+
+def sensitivities(model: nn.Module, task: Task, sites: Sequence[Site]) -> dict[str, float]:
+    """Predict the loss that rounding each matrix to 4 bits costs.
+
+    Args:
+        model: In evaluation mode.
+        task: Its loss and calibration batches.
+        sites: Those whose module can be hooked are looked at.
+
+    Returns:
+        Predicted increase of the loss by site name.
+    """
+    from ..curvature import Curvature
+    from ..structures import UniformGrid
+
+    hookable = [site for site in sites if site.hookable]
+    curvature = Curvature.estimate(
+        model, task.loss, task.calibration, hookable, max_samples=_SAMPLES, max_locations=_LOCATIONS
+    )
+    grid = UniformGrid(BITS)
+    weights = {site.name: site.read(model) for site in hookable if site.name in curvature.names}
+    return {name: curvature.quadratic(name, grid.project(weight) - weight) for name, weight in weights.items()}
+
+
+def _lines(
+    sites: Sequence[Site], flops: Mapping[str, int], times: Mapping[str, float], losses: Mapping[str, float]
+) -> tuple[SiteLine, ...]:
+    from ..report import SiteLine
+
+    whole, seen, lines = sum(times.values()), set[str](), []
+    for site in sites:
+        first = site.module_name not in seen
+        seen.add(site.module_name)
+        share = times[site.module_name] / whole if first and site.module_name in times else None
+        operations = flops.get(site.module_name) if first else None
+        lines.append(
+            SiteLine(
+                site.name, site.kind, site.shape, parameters=site.shape[0] * site.shape[1], flops=operations,
+                share_of_time=share, sensitivity=losses.get(site.name),
+            )
+        )  # fmt: skip
+    return tuple(lines)
+
+
+def _sentence(model: nn.Module, sites: Sequence[Site], groups: Sequence[ChannelGroup]) -> str:
+    channels = sum(group.size for group in groups)
+    return (
+        f"{type(model).__name__}: {len(sites)} matrices can be put on grids, {channels} channels in {len(groups)} "
+        f"groups can be cut. Sensitivity: predicted loss of rounding to {BITS} bits."
+    )
+
+
+def _group_words(group: ChannelGroup) -> str:
+    return f"channel group {group.name}: {group.size} channels, cut together in {', '.join(group.modules)}"
+
+
+def _group_json(group: ChannelGroup) -> dict[str, Any]:
+    members = [{"module": member.module_name, "side": member.side} for member in group.members]
+    return {"name": group.name, "size": group.size, "members": members}

@@ -1,0 +1,33 @@
+"""Names that people type: checked against what there is, with the nearest one in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from .._errors import suggest
+from .session import UsageError
+
+
+def check(given: str, allowed: Collection[str], what: str) -> str:
+    """Return a name that is allowed.
+
+    Args:
+        given: What was typed.
+        allowed: What there is.
+        what: Start of the message, such as "The recipe has no key".
+
+    Returns:
+        The name.
+
+    Raises:
+        UsageError: if it is not allowed, with the nearest one that is.
+    """
+    if given not in allowed:
+        raise UsageError(f"{what} {given!r}.{suggest(given, allowed)}")
+    return given
+
+
+def check_all(given: Iterable[str], allowed: Collection[str], what: str) -> None:
+    """Check several names as `check` does."""
+    for name in given:
+        check(str(name), allowed, what)

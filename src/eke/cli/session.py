@@ -1,0 +1,115 @@
+"""How a verb speaks: errors as one paragraph, warnings as one line, JSON alone on stdout.
+
+An error of eke's own becomes `error: ...` and an exit code: 2 where what was typed cannot be meant, 1 otherwise. An
+exception out of the user's file is theirs to see: its traceback is printed, from their file on. What is neither is a
+defect of eke and keeps its whole traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+import typer
+
+MARK = "__eke_spec__"
+"""Global name that the modules loaded from a user's file carry: how they were asked for."""
+
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
+
+
+class UsageError(ValueError):
+    """What was typed cannot be meant: an unknown name, a missing argument, a contradiction."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with the line that says how to go on."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that stands for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def describe(error: BaseException) -> str | None:
+    """Return what a person is told about an error, or None if it is a defect of eke.
+
+    Args:
+        error: What was raised.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted"
+    if frames := _from_user_file(error.__traceback__):
+        shown = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+        return f"error in {frames.tb_frame.f_globals[MARK]}:\n{shown}"
+    if isinstance(error, SyntaxError):
+        return "error: " + "".join(traceback.format_exception_only(error)).strip()
+    return f"error: {_sentence(error)}" if isinstance(error, _EXPECTED) else None
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _from_user_file(frames: TracebackType | None) -> TracebackType | None:
+    while frames is not None and MARK not in frames.tb_frame.f_globals:
+        frames = frames.tb_next
+    return frames
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+@contextlib.contextmanager
+def session(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """Run a verb's work.
+
+    Args:
+        as_json: Keep stdout free for one JSON document: what the work prints goes to stderr, and an error is a
+            document too.
+        debug: Let errors through with their traceback.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Exit: after an error was told.
+    """  # noqa: DOC501
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with warnings.catch_warnings(), quiet:
+            warnings.showwarning = _warn
+            yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        told = describe(error)
+        if debug or told is None:
+            raise
+        typer.echo(told, err=True)
+        if as_json:
+            emit({"error": told.removeprefix("error: "), "exit_code": exit_code(error)})
+        raise typer.Exit(exit_code(error)) from None
+
+
+def emit(document: Mapping[str, Any]) -> None:
+    """Print a JSON document on stdout."""
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))

@@ -1,0 +1,27 @@
+"""Reports on stdout: drawn for a terminal's width, on lines of any length into a pipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..report import Document
+
+_ENDLESS = 100_000
+
+
+def console() -> Console:
+    """Return a console on stdout; into a pipe, no line is broken."""
+    from rich.console import Console
+
+    screen = Console(highlight=False)
+    return screen if screen.is_terminal else Console(highlight=False, width=_ENDLESS)
+
+
+def draw(document: Document) -> None:
+    """Print a report; its last line is the verdict."""
+    from ..report import terminal
+
+    terminal.render(document, console())
