@@ -9,7 +9,7 @@ import typer
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="FILE.py:FUNCTION that returns a torch.nn.Module, or torchvision:NAME.",
         show_default=False,
     ),

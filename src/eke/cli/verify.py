@@ -48,7 +48,7 @@ def verify(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="FOLDER", help="A result of eke compress.")],
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="FILE.py:FUNCTION of the original (default: the recipe's)."),
+        typer.Argument(metavar="MODEL", help="FILE.py:FUNCTION of the original (default: the recipe's)."),
     ] = None,
     data: DataOption = None,
     task: TaskOption = None,

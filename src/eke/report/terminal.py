@@ -94,7 +94,7 @@ def _budget(document: Document) -> Table:
 
 
 def _sites(document: Document) -> Table:
-    grid = _table("site", "kind", "parameters", "FLOPs", "time", "sensitivity (estimated)")
+    grid = _table("site", "kind", "shape", "parameters", "FLOPs", "time", "sensitivity (estimated)")
     shown = sorted(document.sites, key=lambda s: (-(s.share_of_time or 0.0), -(s.parameters or 0)))[:SITES]
     for s in shown:
         numbers: tuple[tuple[float | None, Callable[[float], str]], ...] = (
@@ -104,7 +104,11 @@ def _sites(document: Document) -> Table:
             (s.sensitivity, wording.number),
         )
         cells = [wording.NONE if v is None else write(v) for v, write in numbers]
-        grid.add_row(*(Text(printable(c)) for c in (s.name, s.kind, *cells)))
+        grid.add_row(*(Text(printable(c)) for c in (s.name, s.kind, _shape(s.shape), *cells)))
     if len(shown) < len(document.sites):
         grid.caption = f"the {len(shown)} that take most time of {len(document.sites)}"
     return grid
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return " \u00d7 ".join(map(str, sizes))
