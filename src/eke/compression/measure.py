@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import cost
 from .._types import Counts, Evaluate
 from ..report import Drop, Measured, Score
-from ..sites import Surgery
 from ..structures import UniformGrid
 from .apply import shaped, surgery
 from .artifact import FORMAT, pack
@@ -22,6 +21,8 @@ from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
 from .tables import Counter, Shapes, Timing, designs, fit_timing
 from .task import evaluating
+
+_ANCHORS = 4
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """Positional or keyword arguments of a model."""
@@ -245,6 +246,7 @@ def timing(
     dimensions: Shapes,
     folded: Sequence[Pair],
     memory_format: str,
+    original: float,
     seconds: float = 8.0,
     seed: int = 0,
     threads: int | None = None,
@@ -258,6 +260,7 @@ def timing(
         dimensions: Of its tensors.
         folded: Pairs that are folded.
         memory_format: Of the weights.
+        original: Seconds that the original is taken to need; whole nets are measured against it, interleaved.
         seconds: Budget of the measurements.
         seed: Of the designs.
         threads: Torch threads.
@@ -268,10 +271,15 @@ def timing(
     counter = Counter.of(widths)
     chosen = designs(counter, count=2 + 2 * max((len(w.kept) for w in widths), default=0), seed=seed)
     arguments = positional(inputs)
+    nets = [
+        shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format) for picks in chosen[:_ANCHORS]
+    ]
+    runs = {"original": runner(model, inputs), **{str(i): runner(net, inputs) for i, net in enumerate(nets)}}
+    measured = cost.interleave(runs, seconds=0.3 * seconds, threads=threads)
+    before = measured["original"].lower_quartile
+    whole = [original * measured[str(i)].lower_quartile / before for i in range(len(nets))]
     times = []
     for picks in chosen:
         net = shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format)
-        times.append(cost.module_times(net, *arguments, seconds=seconds / len(chosen), threads=threads))
-    base = shaped(model, Surgery(), folded=folded, memory_format=memory_format)
-    whole = cost.latency(runner(base, inputs), seconds=0.5, threads=threads).lower_quartile
+        times.append(cost.module_times(net, *arguments, seconds=0.7 * seconds / len(chosen), threads=threads))
     return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)

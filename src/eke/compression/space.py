@@ -103,7 +103,7 @@ def _with_costs(
                 job.model, job.inputs, seconds=0.7 * job.seconds, threads=job.threads
             )
             before = {**measure.costs(job.model, job.inputs), "latency": times["original"]}
-            fit = _fitted(job, widths, dimensions, folded=folded, memory_format=memory_format) if job.timed else None
+            fit = _fitted(job, widths, dimensions, (folded, memory_format, times["original"])) if job.timed else None
         known = run.put(
             "costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit}
         )
@@ -134,10 +134,9 @@ def _fitted(
     job: Job,
     widths: Sequence[candidates.Widths],
     dimensions: tables.Shapes,
-    *,
-    folded: Sequence[Pair],
-    memory_format: str,
+    base: tuple[Sequence[Pair], str, float],
 ) -> dict[str, Any]:
+    folded, memory_format, original = base
     timing = measure.timing(
         job.model,
         job.inputs,
@@ -145,18 +144,19 @@ def _fitted(
         dimensions=dimensions,
         folded=folded,
         memory_format=memory_format,
+        original=original,
         seconds=2.5 * job.seconds,
         seed=job.seed,
         threads=job.threads,
     )
-    return {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale}
+    return {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale, "offset": timing.offset}
 
 
 def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:
     if fit is None:
         return []
     modules = {name: tuple(coefficients) for name, coefficients in fit["modules"].items()}
-    return tables.Timing(modules, tuple(fit["rest"]), fit["scale"]).terms(dimensions, counter)
+    return tables.Timing(modules, tuple(fit["rest"]), fit["scale"], fit["offset"]).terms(dimensions, counter)
 
 
 def _folded_seconds(times: Mapping[str, float], folded: Sequence[Pair], memory_format: str) -> float:

@@ -4,7 +4,8 @@ Entries that stay in a tensor follow from the channel groups alone, so parameter
 exact tables over the groups (and bits) that a tensor depends on. Time is measured in place: some tens of cut nets
 (designs) run as a whole, with a clock at every module, and each module's time is fitted as
 t = c0 + c1 in + c2 out + c3 in*out with non-negative c (in, out: shares of its channels that stay); what is left of
-the whole net's time is fitted to the groups' shares. The sum is scaled to the time of the whole net without clocks.
+the whole net's time is fitted to the groups' shares. Clocks cost time and the machine drifts meanwhile, so the sum is
+scaled and shifted to a few whole nets, among them the uncut and the smallest one, measured interleaved without clocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from ..sites import Site
 from .candidates import Grids, Widths
 from .deploy import Pair
-from .plan import Choice, Table, Term
+from .plan import Choice, Table, Term, total
 
 
 @dataclass(frozen=True)
@@ -196,12 +197,14 @@ class Timing:
     Args:
         modules: Coefficients of each timed module: one a product of shares, see `_features`.
         rest: Coefficients of the rest of the forward pass: a constant and one a group.
-        scale: Whole net's time without clocks over the sum of the fit.
+        scale: Time of a whole net without clocks, per second of the fit's sum.
+        offset: Seconds that every whole net takes besides.
     """
 
     modules: Mapping[str, tuple[float, ...]]
     rest: tuple[float, ...]
-    scale: float
+    scale: float = 1.0
+    offset: float = 0.0
 
     def terms(self, dimensions: Shapes, counter: Counter) -> list[Term]:
         """Return tables of seconds."""
@@ -210,7 +213,7 @@ class Timing:
             over, features = _features(module, dimensions, counter)
             table = sum((c * f for c, f in zip(coefficients, features)), np.zeros([1] * len(over)))
             found.append(Term(over, "latency", self.scale * counter.full(np.asarray(table), over)))
-        found.append(Term((), "latency", np.asarray(self.scale * self.rest[0])))
+        found.append(Term((), "latency", np.asarray(self.offset + self.scale * self.rest[0])))
         for choice, coefficient in zip(counter.removed, self.rest[1:]):
             found.append(Term((choice,), "latency", self.scale * coefficient * counter.share(choice)))
         return found
@@ -233,7 +236,7 @@ def fit_timing(
     *,
     dimensions: Shapes,
     counter: Counter,
-    whole: float,
+    whole: Sequence[float],
 ) -> Timing:
     """Fit the times of modules measured in place.
 
@@ -242,7 +245,7 @@ def fit_timing(
         times: Seconds by module name, "" for the rest, one mapping a measured net.
         dimensions: Of the model's tensors.
         counter: Of the candidates.
-        whole: Seconds of the uncut net (the first design) without clocks.
+        whole: Seconds of the first designs as whole nets without clocks.
 
     Returns:
         The fit.
@@ -264,9 +267,12 @@ def fit_timing(
         modules[name] = tuple(float(c) for c in nnls(rows * weight[:, None], seconds * weight)[0])
     shares = {choice: counter.share(choice) for choice in counter.removed}
     rows = np.asarray([[1.0, *(shares[c][design[c]] for c in counter.removed)] for design in designs])
-    timing = Timing(modules, tuple(float(c) for c in nnls(rows, np.maximum(rest, 0))[0]), 1.0)
-    fitted = sum(float(t.table[tuple(designs[0][c] for c in t.over)]) for t in timing.terms(dimensions, counter))
-    return Timing(timing.modules, timing.rest, whole / max(fitted, 1e-12))
+    timing = Timing(modules, tuple(float(c) for c in nnls(rows, np.maximum(rest, 0))[0]))
+    terms = timing.terms(dimensions, counter)
+    sums = np.asarray([total(terms, picks)["latency"] for picks in designs[: len(whole)]])
+    anchors = np.stack([sums, np.ones_like(sums)], 1) / np.asarray(whole)[:, None]
+    scale, offset = nnls(anchors, np.ones_like(sums))[0]
+    return Timing(timing.modules, timing.rest, float(scale), float(offset))
 
 
 def designs(counter: Counter, *, count: int, seed: int) -> list[dict[str, int]]:
