@@ -30,7 +30,7 @@ from .measure import Inputs
 from .plan import Plan
 from .recover import Recovery, recover_
 from .result import Result
-from .rounds import attempts, plan_within
+from .rounds import Planned, attempts, plan_within
 from .space import Space, explore
 from .task import Forward, Task, split_batch
 from .task import forward as default_forward
@@ -129,12 +129,7 @@ def compress(
         check_report(selection, budget.drop)
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
     space = explore(job, run)
-    lessons = _lessons(job)
-    for number, limits in enumerate(attempts(budget, space.before)):
-        found = plan_within(job, space, run, limits=limits, stage=f"plan-{number}")
-        net, early = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
-        if budget.limited or _kept(job, selection, job.score(net, of="the compressed model")):
-            break
+    found, net, early = _settled(job, space, run, selection)
     blueprint = Blueprint(
         apply.surgery(space.widths, found.plan.picks),
         space.folded,
@@ -144,6 +139,17 @@ def compress(
     scores = {"selection before": selection, "before recovery": early}
     evidence = verify(job, space, net, blueprint, found=found, scores=scores, notes=notes)
     return Result(net, found.plan, budget, blueprint, evidence, dict(recipe or {}), title or type(bare).__name__)
+
+
+def _settled(job: Job, space: Space, run: Run, selection: float | Counts) -> tuple[Planned, nn.Module, float | Counts]:
+    """Return the plan that was carried out, its recovered net, and the score that the net had before recovery."""
+    lessons = _lessons(job)
+    for number, limits in enumerate(attempts(job.budget, space.before)):
+        found = plan_within(job, space, run, limits=limits, stage=f"plan-{number}")
+        net, early = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
+        if job.budget.limited or _kept(job, selection, job.score(net, of="the compressed model")):
+            break
+    return found, net, early
 
 
 def _kept(job: Job, before: float | Counts, after: float | Counts) -> bool:
