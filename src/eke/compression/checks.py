@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from .._types import Batch, Counts, Loss
 from .intervals import samples_to_prove
 from .task import Forward, Task, accuracy, evaluating
 
+_MOST_FORMS = 8
+
 
 def count_samples(batch: Batch) -> int:
     """Return the leading dimension of a batch's first tensor, 1 if there is none."""
@@ -22,11 +25,13 @@ def count_samples(batch: Batch) -> int:
     return 1
 
 
-def check_batches(batches: Iterable[Batch]) -> tuple[int, Batch]:
+def check_batches(batches: Iterable[Batch], check: Callable[[int, Batch], None] | None = None) -> tuple[int, Batch]:
     """Refuse data that can be read once only, are empty or hold values that are not finite.
 
     Args:
         batches: Calibration batches.
+        check: Called with index and batch for the first batch of every form (dtypes, shapes without the number of
+            samples), for at most eight forms.
 
     Returns:
         Number of samples, and the first batch.
@@ -43,6 +48,7 @@ def check_batches(batches: Iterable[Batch]) -> tuple[int, Batch]:
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be a list or a DataLoader, got {type(batches).__name__}.")
     samples, first = 0, None
+    forms: set[str] = set()
     for index, batch in enumerate(batches):
         first = batch if index == 0 else first
         samples += count_samples(batch)
@@ -50,19 +56,24 @@ def check_batches(batches: Iterable[Batch]) -> tuple[int, Batch]:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 bad = int((~torch.isfinite(leaf)).sum())
                 raise ValueError(f"Calibration batch {index} holds {bad} values that are not finite: clean the data.")
+        form = describe(pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim else x, batch))
+        if check is not None and form not in forms and len(forms) < _MOST_FORMS:
+            forms.add(form)
+            check(index, batch)
     if first is None:
         raise ValueError("batches gave 0 batches: pass a list or a DataLoader that is not empty.")
     return samples, first
 
 
-def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward) -> None:
-    """Run model and loss on the first batch, and say what does not fit.
+def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward, index: int = 0) -> None:
+    """Run model and loss on a batch, and say what does not fit.
 
     Args:
         model: The model.
-        batch: First calibration batch.
+        batch: A calibration batch.
         loss: `loss(model, batch)`.
         forward: Calls the model on a batch.
+        index: Number of the batch, for messages.
 
     Raises:
         TypeError: if the loss returns no tensor.
@@ -74,7 +85,7 @@ def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward) 
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             wanted = next((p.dtype for p in model.parameters()), None)
             raise ValueError(
-                f"The model does not run on the first calibration batch, {describe(batch)} (parameters are {wanted}): "
+                f"The model does not run on calibration batch {index}, {describe(batch)} (parameters are {wanted}): "
                 f"{_first_line(error)}. Make the loader yield what the model takes, or pass forward=."
             ) from error
         value: Any = loss(model, batch)
@@ -84,10 +95,39 @@ def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward) 
         raise ValueError(
             f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean."
         )
-    if not bool(torch.isfinite(value)):
-        raise ValueError(
-            f"loss(model, batch) is {float(value)} on calibration batch 0: check the loss and its targets."
-        )
+    _check_loss(float(value), index)
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Batch], *, loss: Loss) -> float:
+    """Return the mean of a loss over batches, with the model in evaluation mode.
+
+    Args:
+        model: The model.
+        batches: At least one batch.
+        loss: `loss(model, batch)`.
+
+    Returns:
+        The mean over batches.
+
+    Raises:
+        ValueError: if the loss of a batch is not finite; names the batch.
+    """  # noqa: DOC502
+    losses = []
+    with evaluating(model):
+        for index, batch in enumerate(batches):
+            losses.append(float(loss(model, batch)))
+            _check_loss(losses[-1], index)
+    return sum(losses) / len(losses)
+
+
+def _check_loss(value: float, index: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        ValueError: if it is not; names the batch.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"loss(model, batch) is {value} on calibration batch {index}: check the loss and its targets.")
 
 
 def check_report(score: float | Counts, drop: float | None) -> None:

@@ -80,7 +80,7 @@ def fold_batchnorm_(model: nn.Module, pairs: Sequence[Pair]) -> None:
             layer.weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
             layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         parent, _, attribute = norm_name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.Identity())
+        setattr(model.get_submodule(parent), attribute, nn.Identity().train(norm.training))
 
 
 def set_memory_format_(model: nn.Module, name: str) -> None:
