@@ -69,7 +69,9 @@ def brute_force(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> tupl
 def test_convolution_factors_equal_brute_force(dims, options):
     model = conv(dims, **options)
     x, target = data(4, *[9, 8][:dims])
-    curvature = Curvature.estimate(model, squared, [(x[:4], target[:4]), (x[4:], target[4:])], sites=find(model))
+    curvature = Curvature.estimate(
+        model, squared, [(x[:4], target[:4]), (x[4:], target[4:])], sites=find(model), corrected_samples=0
+    )
     factors = curvature.factors("0")
     for ours, theirs in zip((factors.a, factors.g, factors.mean), brute_force(model, x, target)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -82,7 +84,7 @@ def test_linear_factors_equal_brute_force(shape):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
     x, target = data(*shape)
-    factors = Curvature.estimate(model, squared, [(x, target)], sites=find(model)).factors("0")
+    factors = Curvature.estimate(model, squared, [(x, target)], sites=find(model), corrected_samples=0).factors("0")
     aa, gg, rows = 0.0, 0.0, 0
     for i in range(6):
         y = model[0](x[i]).detach().requires_grad_()
@@ -142,8 +144,8 @@ def test_masked_tokens_change_nothing():
     def loss(m, batch):
         return (torch.tanh(m(batch))[:, :4] ** 2).sum((1, 2)).mean()
 
-    one = Curvature.estimate(model, loss, [x], sites=find(model)).factors("0")
-    two = Curvature.estimate(model, loss, [padded], sites=find(model)).factors("0")
+    one = Curvature.estimate(model, loss, [x], sites=find(model), corrected_samples=0).factors("0")
+    two = Curvature.estimate(model, loss, [padded], sites=find(model), corrected_samples=0).factors("0")
     for key in ("a", "g", "mean", "locations"):
         torch.testing.assert_close(getattr(two, key), getattr(one, key), rtol=1e-12, atol=1e-12)
     assert two.active == pytest.approx(4 / 6)
@@ -153,8 +155,10 @@ def test_masked_tokens_change_nothing():
 def test_a_lattice_that_visits_every_location_gives_the_full_factors():
     model = conv(2, kernel_size=3, padding=1, groups=2)
     x, target = data(4, 6, 4, count=2)
-    full = Curvature.estimate(model, squared, [(x, target)], sites=find(model)).factors("0")
-    turns = Curvature.estimate(model, squared, [(x, target)] * 6, sites=find(model), max_locations=4).factors("0")
+    full = Curvature.estimate(model, squared, [(x, target)], sites=find(model), corrected_samples=0).factors("0")
+    turns = Curvature.estimate(
+        model, squared, [(x, target)] * 6, sites=find(model), corrected_samples=0, max_locations=4
+    ).factors("0")
     torch.testing.assert_close(turns.a, full.a, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(turns.g, full.g, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(turns.mean, full.mean, rtol=1e-12, atol=1e-12)
@@ -230,7 +234,8 @@ def test_output_quadratic_is_the_expected_squared_slope():
     torch.manual_seed(9)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     x, target = data(5)
-    curvature = Curvature.estimate(model, squared, [(x, target)], sites=find(model), outputs={"0": -1})
+    batches = [(x, target)]
+    curvature = Curvature.estimate(model, squared, batches, find(model), outputs={"0": -1}, corrected_samples=0)
     y = model[0](x).detach().requires_grad_()
     g = torch.autograd.grad(((model[1](y) - target[:, None]) ** 2).sum(), y)[0]
     change = torch.randn(11, 4).double()
@@ -245,7 +250,9 @@ def test_output_quadratic_is_the_expected_squared_slope():
 def test_output_quadratic_sums_over_locations():
     model = conv(2, kernel_size=3, padding=1)
     x, target = data(4, 5, 5)
-    curvature = Curvature.estimate(model, squared, [(x, target)], sites=find(model), outputs={"0": 1})
+    curvature = Curvature.estimate(
+        model, squared, [(x, target)], sites=find(model), corrected_samples=0, outputs={"0": 1}
+    )
     change = torch.randn(6, 6, 5, 5).double()
     rows = change.permute(0, 2, 3, 1).reshape(-1, 6)
     exact = 0.5 * float(((rows @ curvature.output("0")) * rows).sum()) / 6
@@ -257,7 +264,7 @@ def test_sampled_labels_give_the_fisher_of_the_softmax():
     torch.manual_seed(10)
     model = nn.Sequential(nn.Linear(3, 4)).double()
     x = torch.randn(1, 3).double().expand(20000, 3)
-    curvature = Curvature.estimate(model, sampled_loss(lambda m, b: m(b)), [x], sites=find(model))
+    curvature = Curvature.estimate(model, sampled_loss(lambda m, b: m(b)), [x], sites=find(model), corrected_samples=0)
     p = model(x[:1]).softmax(-1)[0].detach()
     torch.testing.assert_close(
         curvature.factors("0").g[0], torch.diag(p) - torch.outer(p, p), rtol=0, atol=5 * 0.5 / 141
@@ -271,6 +278,8 @@ def test_saving_keeps_everything(tmp_path):
     again = Curvature.load(tmp_path / "curvature.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["curvature.safetensors"]
     assert again.names == curvature.names
+    assert again.linear("0", torch.ones(6, 18)) == curvature.linear("0", torch.ones(6, 18))
+    assert again.quadratic("0", torch.ones(6, 18)) == curvature.quadratic("0", torch.ones(6, 18))
     for key in ("a", "g", "mean"):
         assert torch.equal(getattr(again.factors("0"), key), getattr(curvature.factors("0"), key))
     change = torch.randn(2, 6, 3, 3).double()
@@ -284,3 +293,91 @@ def test_max_samples_stops_after_the_batch_that_reaches_it():
     curvature = Curvature.estimate(model, squared, batches, sites=find(model), max_samples=10)
     assert curvature.factors("0").samples == 12
     assert len(list(batches)) == 3
+
+
+def per_sample_gradients(model, x, target, name):
+    """(samples, m, n), one backward pass each."""
+    weight = model.get_submodule(name).weight
+    found = []
+    for i in range(x.shape[0]):
+        value = squared(model, (x[i : i + 1], target[i : i + 1]))
+        found.append(torch.autograd.grad(value, weight)[0].flatten(1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [(2, {"kernel_size": 3, "padding": 1, "groups": 2}), (2, {"kernel_size": 3, "stride": 2}), (1, {"kernel_size": 2})],
+)
+def test_corrected_eigenvalues_are_moments_of_per_sample_gradients(dims, options):
+    model = conv(dims, **options)
+    x, target = data(4, *[6, 5][:dims])
+    curvature = Curvature.estimate(model, squared, [(x[:4], target[:4]), (x[4:], target[4:])], sites=find(model))
+    factors = curvature.factors("0")
+    groups, rows = model[0].groups, 6 // model[0].groups
+    gradients = per_sample_gradients(model, x, target, "0").view(6, groups, rows, -1)
+    exact = (factors.basis.g_vectors.mT @ gradients @ factors.basis.a_vectors).square().mean(0)
+    torch.testing.assert_close(factors.basis.moments, exact, rtol=1e-8, atol=1e-9)
+    assert float(exact.sum()) == pytest.approx(float(gradients.square().flatten(1).sum(1).mean()), rel=1e-10)
+    # The trace of the plain factors is corrected with it, and a change along one pair of eigenvectors is exact.
+    assert float(factors.diagonal.sum()) == pytest.approx(float(exact.sum()), rel=1e-8)
+    if groups == 1:
+        assert float(factors.a[0].trace() * factors.g[0].trace()) == pytest.approx(float(exact.sum()), rel=1e-8)
+    delta = torch.zeros(groups, rows, gradients.shape[-1], dtype=torch.float64)
+    delta[-1] = torch.outer(factors.basis.g_vectors[-1][:, -1], factors.basis.a_vectors[-1][:, -2])
+    slopes = (gradients * delta).flatten(1).sum(1)
+    assert factors.quadratic(delta.view(6, -1)) == pytest.approx(0.5 * float(slopes.square().mean()), rel=1e-8)
+
+
+def test_correction_sees_locations_that_agree():
+    """Before a global pooling g is the same everywhere: the plain product is wrong by the number of locations."""
+    torch.manual_seed(11)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1)).double()
+    x = torch.randn(50, 3, 1, 1).double().expand(50, 3, 4, 4)
+    slopes = torch.randn(50, 4).double()
+
+    def loss(m, batch):
+        return (m(batch[0]).flatten(1) * batch[1]).sum(1).mean()
+
+    plain = Curvature.estimate(model, loss, [(x, slopes)], sites=find(model), corrected_samples=0)
+    full = Curvature.estimate(model, loss, [(x, slopes)], sites=find(model))
+    delta = torch.randn(4, 3).double()
+    exact = 0.5 * float((slopes * (x[:, :, 0, 0] @ delta.T)).sum(1).square().mean())
+    assert full.quadratic("0", delta) == pytest.approx(exact, rel=0.5)
+    assert plain.quadratic("0", delta) < exact / 8
+    assert full.factors("0").coherence == pytest.approx(16, rel=0.3)
+    torch.testing.assert_close(full.output("0"), plain.output("0"))
+
+
+@pytest.mark.parametrize(("dims", "options"), CONVS[:6], ids=[str(c) for c in CONVS[:6]])
+def test_linear_is_the_slope_of_the_mean_loss(dims, options):
+    model = conv(dims, **options)
+    x, target = data(4, *[9, 8][:dims])
+    batches = [(x[:4], target[:4]), (x[4:], target[4:])]
+    curvature = Curvature.estimate(model, squared, batches, sites=find(model), corrected_samples=0)
+    (gradient,) = torch.autograd.grad(squared(model, (x, target)), model[0].weight)
+    delta = torch.randn(curvature.factors("0").shape, dtype=torch.float64)
+    assert curvature.linear("0", delta) == pytest.approx(float((gradient.flatten(1) * delta).sum()), rel=1e-9)
+
+
+def test_tokens_flattened_before_a_layer_are_one_sample_s_locations():
+    """(samples * tokens, n) gives the corrected curvature of (samples, tokens, n)."""
+
+    class Flat(nn.Module):
+        def __init__(self, flat: bool) -> None:
+            super().__init__()
+            torch.manual_seed(12)
+            self.inner, self.flat = nn.Linear(5, 4), flat
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x.reshape(-1, 5) if self.flat else x)
+            return torch.tanh(y.view(x.shape[0], -1))
+
+    x, target = data(3, 5)
+    one, two = (
+        Curvature.estimate(m, squared, [(x, target)], sites=find(m)).factors("inner")
+        for m in (Flat(True).double(), Flat(False).double())
+    )
+    torch.testing.assert_close(one.a, two.a)
+    delta = torch.randn(4, 5, dtype=torch.float64)
+    assert one.quadratic(delta) == pytest.approx(two.quadratic(delta), rel=1e-9)

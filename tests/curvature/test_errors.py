@@ -100,7 +100,7 @@ def test_outputs_that_are_no_tensor_are_refused():
 
 def test_a_wrong_file_is_refused(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors' is no 'eke curvature 1' file"):
+    with pytest.raises(ValueError, match=r"other\.safetensors' is no 'eke curvature 2' file"):
         Curvature.load(tmp_path / "other.safetensors")
 
 

@@ -1,13 +1,15 @@
 """The curvature of a model's loss at its sites, estimated once and asked by every method.
 
-Four verbs: `quadratic` (predicted loss of a change of a matrix), `diagonal`, `precondition`, `factors`; and
-`output_quadratic` for changes of an output that are no change of a matrix (a removed block, a replaced attention,
-rounded activations): 1/2 E[dy^T G dy].
+Four verbs: `quadratic` (predicted loss of a change of a matrix), `diagonal`, `precondition`, `factors`; `linear` for
+the first-order part that a model which is not at a minimum of this data's loss has; and `output_quadratic` for
+changes of an output that are no change of a matrix (a removed block, a replaced attention, rounded activations): 1/2
+E[dy^T G dy].
 
 Gradients are those of the given loss: with labels this is the empirical Fisher; with `sampled_loss` the labels are
 drawn from the model, which makes it the Fisher (for softmax and cross entropy equal to the Gauss-Newton matrix).
-Cost: one forward and one backward pass without weight gradients, plus rows * n^2 a site. Memory: one batch's
-activations, n^2 + m^2 totals a site, and 64 MB of patches.
+Cost: one forward and one backward pass, plus rows * n^2 a site; the correction runs its samples again and takes
+m n^2 a sample and two eigendecompositions a site. Memory: one batch's
+activations, n^2 + m^2 + m n totals a site, 64 MB of patches, and the batches that the correction reads again.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from .._types import Batch, Loss
 from ..sites import Site
 from .factors import Basis, Factors, output_quadratic
 from .recorder import Recorder
-from .totals import BoundaryTotals, SiteTotals
+from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
 
 _TENSORS = ("a", "g", "mean")
-_FORMAT = "eke curvature 1"
+_BASIS = ("g_vectors", "a_vectors", "moments")
+_NUMBERS = ("samples", "locations", "active", "channel_dim", "coherence")
+_FORMAT = "eke curvature 2"
 
 
 class Curvature:
@@ -59,6 +63,7 @@ class Curvature:
         outputs: Mapping[str, int] | None = None,
         max_samples: int | None = None,
         max_locations: int | None = None,
+        corrected_samples: int = 256,
     ) -> Curvature:
         """Estimate factors on a private copy of the model in eval mode; the model itself is not touched.
 
@@ -71,6 +76,8 @@ class Curvature:
             outputs: Module name to channel dimension, for outputs whose changes `output_quadratic` shall price.
             max_samples: Stop after the batch that reaches this number.
             max_locations: Locations of a convolution's output used for A a sample (a shifting lattice); None for all.
+            corrected_samples: Samples (of the first batches, which are run again) for the eigenvalue correction; 0
+                leaves the plain Kronecker product.
 
         Returns:
             The curvature. A site that the loss does not use is left out with a warning.
@@ -85,6 +92,7 @@ class Curvature:
         totals = [SiteTotals(site, max_locations) for site in sites]
         borders = [BoundaryTotals(name, dim) for name, dim in (outputs or {}).items()]
         seen, index = 0, -1
+        again: list[Batch] = []
         with (
             Recorder(
                 private, [*(site.module_name for site in sites), *(border.name for border in borders)]
@@ -93,28 +101,37 @@ class Curvature:
             torch.enable_grad(),
         ):
             for index, batch in enumerate(batches):
+                if seen < corrected_samples:
+                    again.append(batch)
                 calls, samples = recorder.run(loss, batch, index)
                 for total in totals:
-                    total.add(calls.get(total.site.module_name, []), samples, index)
+                    here = calls.get(total.site.module_name, [])
+                    total.add(here, samples, index)
+                    for call in here:
+                        total.add_gradient(weight_gradient(total.site, private, call), samples)
                 for border in borders:
                     border.add(calls.get(border.name, []), samples, index)
                 seen += samples
                 if max_samples is not None and seen >= max_samples:
                     break
+            factors = {total.site.name: total.factors() for total in totals}
+            known = {name: value for name, value in factors.items() if value is not None}
+            moments = [MomentTotals(site, known[site.name]) for site in sites if site.name in known and again]
+            for number, batch in enumerate(again):
+                calls, samples = recorder.run(loss, batch, number)
+                for moment in moments:
+                    moment.add(calls.get(moment.site.module_name, []), samples)
+            known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(
                 "Curvature.estimate got 0 batches; an iterator that was read before is empty: pass a list or a loader."
             )
-        factors = {total.site.name: total.factors() for total in totals}
-        moments = {border.name: (border.moment(), border.channel_dim) for border in borders}
+        outer = {border.name: (border.moment(), border.channel_dim) for border in borders}
         unused = [name for name, value in factors.items() if value is None]
-        unused += [name for name, (moment, _) in moments.items() if moment is None]
+        unused += [name for name, (moment_there, _) in outer.items() if moment_there is None]
         if unused:
             warnings.warn(f"The loss does not use {unused}: no curvature there.", stacklevel=2)
-        return cls(
-            {name: value for name, value in factors.items() if value is not None},
-            {name: (moment, dim) for name, (moment, dim) in moments.items() if moment is not None},
-        )
+        return cls(known, {name: (value, dim) for name, (value, dim) in outer.items() if value is not None})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,15 +149,19 @@ class Curvature:
         return self._factors[name]
 
     def quadratic(self, name: str, delta: Tensor) -> float:
-        """Return the predicted loss increase 1/2 tr(D^T G D A) of a change D (m, n) of a site's matrix."""
+        """Return the predicted loss increase of a change D (m, n) of a site's matrix, to second order."""
         return self.factors(name).quadratic(delta)
+
+    def linear(self, name: str, delta: Tensor) -> float:
+        """Return the first-order change of the loss for a change D (m, n) of a site's matrix, on the data seen."""
+        return self.factors(name).linear(delta)
 
     def diagonal(self, name: str) -> Tensor:
         """Return the curvature (m, n) of each entry of a site's matrix on its own."""
         return self.factors(name).diagonal
 
     def precondition(self, name: str, gradient: Tensor, damping: float) -> Tensor:
-        """Return (G x A + damping I)^-1 applied to a gradient (m, n); the eigenbasis is kept for the next call.
+        """Return (curvature + damping I)^-1 applied to a gradient (m, n); the eigenbasis is kept for the next call.
 
         Args:
             name: Site.
@@ -176,18 +197,20 @@ class Curvature:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        tensors = {f"{name}/{key}": getattr(f, key) for name, f in self._factors.items() for key in _TENSORS}
-        tensors |= {f"{name}/output": moment for name, (moment, _) in self._outputs.items()}
-        keys = ("samples", "locations", "active", "channel_dim")
+        tensors = {f"{name}/output": moment for name, (moment, _) in self._outputs.items()}
+        for name, f in self._factors.items():
+            tensors |= {f"{name}/{key}": getattr(f, key) for key in (*_TENSORS, "gradient")}
+            if f.basis is not None:
+                tensors |= {f"{name}/basis/{key}": getattr(f.basis, key) for key in _BASIS}
         about = {
-            "sites": {name: {key: getattr(f, key) for key in keys} for name, f in self._factors.items()},
+            "sites": {name: {key: getattr(f, key) for key in _NUMBERS} for name, f in self._factors.items()},
             "outputs": {name: dim for name, (_, dim) in self._outputs.items()},
         }
         target = Path(path)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        found = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if value is not None}
         try:
-            save_file(contiguous, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
+            save_file(found, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -210,9 +233,11 @@ class Curvature:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
             about = json.loads(metadata["about"])
-            factors = {
-                name: Factors(**{key: file.get_tensor(f"{name}/{key}") for key in _TENSORS}, **numbers)
-                for name, numbers in about["sites"].items()
-            }
-            outputs = {name: (file.get_tensor(f"{name}/output"), dim) for name, dim in about["outputs"].items()}
-        return cls(factors, outputs)
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        factors = {}
+        for name, numbers in about["sites"].items():
+            tensors = {key: held[f"{name}/{key}"] for key in _TENSORS}
+            has_basis = f"{name}/basis/moments" in held
+            basis = Basis(**{key: held[f"{name}/basis/{key}"] for key in _BASIS}) if has_basis else None
+            factors[name] = Factors(**tensors, **numbers, basis=basis, gradient=held.get(f"{name}/gradient"))
+        return cls(factors, {name: (held[f"{name}/output"], dim) for name, dim in about["outputs"].items()})

@@ -8,11 +8,19 @@ rows a_l, output gradients g_l of the sample's own loss and change D of W,
 Two approximations: a and g are treated as independent, and products across locations as uncorrelated (K-FAC's expand,
 KFC's spatially uncorrelated derivatives). Locations where g is exactly 0 (masked tokens, inputs a loss ignores) enter
 neither factor: A is the sum over the others, G the mean over them, so the product keeps its scale.
+
+Both approximations fail where locations agree (before a global pooling g is the same everywhere), by a factor of up to
+the number of locations. So the form is corrected as in EKFAC: in the eigenbases U_G, U_A the eigenvalues become the
+measured second moments E[(U_G^T grad U_A)^2] of whole per-sample gradients, grad = sum_l g_l a_l^T. Then
+`quadratic` is exact for a change along any one pair of eigenvectors, and G is scaled to give A x G the right trace
+(`coherence` says by how much) for all who use the plain factors.
+
 With `groups` g the matrix is g blocks of m/g rows, each with its own n inputs; every factor has the group first.
 
 Source: Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015; Grosse &
 Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", 2016; Eschenhagen et al.,
-"Kronecker-factored approximate curvature for modern neural network architectures", 2023.
+"Kronecker-factored approximate curvature for modern neural network architectures", 2023; George et al., "Fast
+approximate natural gradient descent in a Kronecker-factored eigenbasis", 2018.
 """
 
 from __future__ import annotations
@@ -29,12 +37,15 @@ class Factors:
 
     Args:
         a: (groups, n, n), mean over samples of the sum over locations of a a^T.
-        g: (groups, m / groups, m / groups), mean over samples and locations of g g^T.
+        g: (groups, m / groups, m / groups), mean over samples and locations of g g^T, times `coherence`.
         mean: (groups, n), mean input over samples and locations.
         samples: Samples seen.
         locations: Mean number of locations a sample where g is not 0.
         active: Share of all locations where g is not 0.
         channel_dim: Dimension of the site's output that holds the m channels.
+        coherence: Trace of the per-sample gradients' second moment over that of the uncorrelated approximation.
+        basis: Eigenbases with corrected eigenvalues; None where they were not measured.
+        gradient: (m, n), mean gradient of the loss; None where it was not measured.
     """
 
     a: Tensor
@@ -44,6 +55,9 @@ class Factors:
     locations: float
     active: float = 1.0
     channel_dim: int = -1
+    coherence: float = 1.0
+    basis: Basis | None = None
+    gradient: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +77,7 @@ class Factors:
         return torch.cat([torch.cat([self.a, sums], 2), torch.cat([sums.mT, corner], 2)], 1)
 
     def quadratic(self, delta: Tensor) -> float:
-        """Return the predicted loss increase 1/2 tr(D^T G D A) of a change D of the matrix.
+        """Return the predicted loss increase of a change D of the matrix, 1/2 tr(D^T G D A) if not corrected.
 
         Args:
             delta: (m, n).
@@ -72,11 +86,21 @@ class Factors:
             The prediction in units of the loss, >= 0 up to rounding; computed in float64.
         """
         blocks = self._blocks(delta).double()
+        if self.basis is not None:
+            return 0.5 * float((self.basis.rotate(blocks).square_() * self.basis.moments).sum())
         return 0.5 * float((self.g.double() @ blocks @ self.a.double()).mul_(blocks).sum())
+
+    def linear(self, delta: Tensor) -> float:
+        """Return the first-order change of the loss, <gradient, D>, of a change D (m, n); 0 if it was not measured."""
+        blocks = self._blocks(delta).double()
+        return 0.0 if self.gradient is None else float((self.gradient.double().view_as(blocks) * blocks).sum())
 
     @property
     def diagonal(self) -> Tensor:
-        """(m, n): diagonal of the Kronecker product, the curvature of each entry on its own."""
+        """(m, n): curvature of each entry on its own."""
+        if self.basis is not None:
+            squares = self.basis.g_vectors.square() @ self.basis.moments @ self.basis.a_vectors.square().mT
+            return squares.reshape(self.shape).to(self.a.dtype)
         outer = self.g.diagonal(dim1=1, dim2=2)[:, :, None] * self.a.diagonal(dim1=1, dim2=2)[:, None, :]
         return outer.reshape(self.shape)
 
@@ -86,14 +110,20 @@ class Factors:
         groups, rows, _ = self.g.shape
         full = self.g.new_zeros(groups, rows, groups, rows)
         each = torch.arange(groups, device=full.device)
-        full[each, :, each, :] = self.g * self.active
+        full[each, :, each, :] = self.g * (self.active / self.coherence)
         return full.view(groups * rows, groups * rows)
 
     def eigenbasis(self) -> Basis:
-        """Return eigenvectors and eigenvalues of both factors, by `eigh` in float64."""
+        """Return the corrected eigenbasis, or that of the factors themselves, by `eigh` in float64."""
+        if self.basis is not None:
+            return self.basis
         g_values, g_vectors = torch.linalg.eigh(self.g.double())
         a_values, a_vectors = torch.linalg.eigh(self.a.double())
-        return Basis(g_vectors, g_values.clamp_min_(0), a_vectors, a_values.clamp_min_(0))
+        return Basis(
+            g_vectors.contiguous(),
+            a_vectors.contiguous(),
+            g_values.clamp_min_(0)[:, :, None] * a_values.clamp_min_(0)[:, None, :],
+        )
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """Return the matrix as (groups, m / groups, n).
@@ -108,15 +138,24 @@ class Factors:
 
 @dataclass(frozen=True)
 class Basis:
-    """Eigenvectors (columns) and eigenvalues of G and A, float64, the group first."""
+    """Orthogonal bases of output and input space, and the curvature along each pair of their columns.
+
+    Args:
+        g_vectors: (groups, m / groups, m / groups), float64.
+        a_vectors: (groups, n, n), float64.
+        moments: (groups, m / groups, n), curvature along g_vectors[:, :, i] a_vectors[:, :, j]^T.
+    """
 
     g_vectors: Tensor
-    g_values: Tensor
     a_vectors: Tensor
-    a_values: Tensor
+    moments: Tensor
+
+    def rotate(self, blocks: Tensor) -> Tensor:
+        """Return U_G^T D U_A of (..., groups, m / groups, n), in the dtype of the blocks."""
+        return self.g_vectors.mT.to(blocks.dtype) @ blocks @ self.a_vectors.to(blocks.dtype)
 
     def solve(self, gradient: Tensor, damping: float) -> Tensor:
-        """Return (G x A + damping I)^-1 applied to a gradient.
+        """Return (curvature + damping I)^-1 applied to a gradient.
 
         Args:
             gradient: (m, n).
@@ -130,10 +169,7 @@ class Basis:
         """
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}.")
-        groups, rows, _ = self.g_vectors.shape
-        blocks = gradient.reshape(groups, rows, -1).double()
-        rotated = self.g_vectors.mT @ blocks @ self.a_vectors
-        rotated /= self.g_values[:, :, None] * self.a_values[:, None, :] + damping
+        rotated = self.rotate(gradient.reshape(self.moments.shape).double()) / (self.moments + damping)
         return (self.g_vectors @ rotated @ self.a_vectors.mT).reshape(gradient.shape).to(gradient.dtype)
 
 

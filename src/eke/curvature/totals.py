@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sites import Site
-from .factors import Factors
+from .factors import Basis, Factors
 from .recorder import Call
 from .rows import input_columns, lattice
 
@@ -39,6 +39,12 @@ class SiteTotals:
         self._rows = 0
         self._active = 0.0
         self._dtype = torch.float32
+        self._gradient: Tensor | None = None
+
+    def add_gradient(self, gradient: Tensor, samples: int) -> None:
+        """Add the gradient (m, n) of a batch's mean loss."""
+        weighted = gradient.double() * samples
+        self._gradient = weighted if self._gradient is None else self._gradient + weighted
 
     def add(self, calls: list[Call], samples: int, batch: int) -> None:
         """Add the calls of one batch of so many samples; data that are not finite raise ValueError."""
@@ -101,11 +107,76 @@ class SiteTotals:
             locations=locations,
             active=self._active / self._rows,
             channel_dim=-1 if geometry is None else -1 - len(geometry.kernel),
+            gradient=None if self._gradient is None else (self._gradient / self._samples).to(self._dtype),
         )
 
     def _to(self, device: torch.device) -> None:
         if self._aa.device != device:
             self._aa, self._gg, self._a = self._aa.to(device), self._gg.to(device), self._a.to(device)
+
+
+class MomentTotals:
+    """Second moments of whole per-sample gradients in the eigenbases of a site's factors.
+
+    The level comes from all samples and the pattern from the ones seen here: moments are multiplied by the ratio of the
+    two traces of A x G, which takes out what a small subset says about the size of inputs and gradients.
+
+    Args:
+        site: The site.
+        factors: Its uncorrected factors.
+    """
+
+    def __init__(self, site: Site, factors: Factors) -> None:
+        self.site, self.factors = site, factors
+        self._basis = factors.eigenbasis()
+        self._sum = torch.zeros_like(self._basis.moments)
+        self._aa = self._gg = 0.0
+        self._samples = 0
+        self._active = 0.0
+        self._usable = True
+
+    def add(self, calls: list[Call], samples: int) -> None:
+        """Add the calls of one batch; a site whose rows do not divide among the samples is left uncorrected."""
+        self._samples += samples
+        prepared = []
+        for call in calls:
+            gradients = self.site.output_to_rows(_computable(call.gradient)) * samples
+            rows = gradients.shape[0] * gradients.shape[1]
+            if rows % samples or (gradients.shape[0] != samples and self.site.geometry is not None):
+                self._usable = False
+                return
+            x = _computable(call.x).reshape(samples, -1, call.x.shape[-1]) if self.site.geometry is None else call.x
+            prepared.append((x, gradients.reshape(samples, -1, gradients.shape[-1])))
+        width = max((g.shape[1] for _, g in prepared), default=1) * self.site.groups * self.site.shape[1]
+        step = max(1, min(_CHUNK // max(1, width), _CHUNK // self._sum.numel()))
+        for start in range(0, samples, step):
+            parts = [self._gradients(x[start : start + step], g[start : start + step]) for x, g in prepared]
+            if parts:
+                self._sum += self._basis.rotate(torch.stack(parts).sum(0)).square_().sum(0)
+
+    def _gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return per-sample gradients (samples, groups, m / groups, n) of one call."""
+        rows = self.site.inputs_to_rows(_computable(x))  # (samples, locations, groups, n)
+        active = (g != 0).any(-1)
+        self._active += float(active.sum())
+        self._aa += float((rows.double().square().sum((2, 3)) * active).sum())
+        self._gg += float(g.double().square().sum())
+        split = g.reshape(*g.shape[:2], self.site.groups, -1)
+        return split.permute(0, 2, 3, 1) @ rows.permute(0, 2, 1, 3)
+
+    def corrected(self) -> Factors:
+        """Return the factors with corrected eigenvalues and G scaled to the corrected trace."""
+        factors = self.factors
+        if not self._usable or not self._active or not float(self._sum.sum()):
+            return factors
+        a_trace = factors.a.double().diagonal(dim1=1, dim2=2).sum(1)
+        g_trace = factors.g.double().diagonal(dim1=1, dim2=2).sum(1)
+        everywhere = float(a_trace.sum() * g_trace.sum())
+        here = self._aa / self._samples * self._gg / self._active
+        moments = self._sum / self._samples * (everywhere / here)
+        coherence = float(moments.sum() / (a_trace * g_trace).sum())
+        basis = Basis(self._basis.g_vectors, self._basis.a_vectors, moments)
+        return replace(factors, g=factors.g * coherence, coherence=coherence, basis=basis)
 
 
 @dataclass
@@ -137,6 +208,31 @@ class BoundaryTotals:
     def moment(self) -> Tensor | None:
         """Return the mean of g g^T over samples and locations, None if the module never ran."""
         return None if self._gg is None else _symmetric(self._gg / self._rows)
+
+
+def weight_gradient(site: Site, model: nn.Module, call: Call) -> Tensor:
+    """Return the gradient (m, n) of the mean loss that one call contributes, by running the site's module once more.
+
+    Args:
+        site: The site.
+        model: Private copy of the model; its parameter takes part in differentiation only inside this function.
+        call: Input and output gradient.
+
+    Returns:
+        The gradient of the site's matrix.
+    """
+    module, parameter = site.module(model), site.tensor(model)
+    parameter.requires_grad_(True)
+    try:
+        # Not module(x): hooks recorded this call already.
+        (gradient,) = torch.autograd.grad(module.forward(call.x), parameter, call.gradient)
+    finally:
+        parameter.requires_grad_(False)
+    if site.kind == "conv_transpose":
+        gradient = gradient.reshape(site.groups, -1, *gradient.shape[1:]).transpose(1, 2)
+    elif site.transposed:
+        gradient = gradient.t()
+    return gradient.reshape(site.shape)
 
 
 def _computable(tensor: Tensor) -> Tensor:
