@@ -99,7 +99,7 @@ BAD = {
     ),
     "three items": (
         lambda m: run(m, [(x, y, y) for x, y in batches()]),
-        TypeError,
+        (TypeError, ValueError),
         r"A batch must be \(inputs, targets\), a dictionary or a tensor, got tuple of 3 items: pass your own forward=",
     ),
     "no targets": (
