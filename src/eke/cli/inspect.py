@@ -46,6 +46,7 @@ def inspect(
     html: Annotated[
         pathlib.Path | None, typer.Option("--html", metavar="FILE", help="Write a page too.", show_default=False)
     ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time of each measurement of latency.")] = 1.0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -69,7 +70,11 @@ def inspect(
         known = load_task(recipe) if recipe.task or recipe.data else None
         with pinned_threads(threads):
             document, groups, left_out = inspected(
-                net, known, inputs=[_example(text) for text in inputs or []], title=recipe.model or "demo"
+                net,
+                known,
+                inputs=[_example(text) for text in inputs or []],
+                title=recipe.model or "demo",
+                seconds=seconds,
             )
         if html is not None:
             write_bytes(html, pages.render(document).encode())
@@ -101,7 +106,7 @@ def _example(text: str) -> Tensor:
 
 
 def inspected(
-    model: nn.Module, task: Task | None, *, inputs: Sequence[Tensor], title: str
+    model: nn.Module, task: Task | None, *, inputs: Sequence[Tensor], title: str, seconds: float
 ) -> tuple[Document, list[dict[str, Any]], dict[str, str]]:
     """Look at a model.
 
@@ -110,6 +115,7 @@ def inspected(
         task: Its data; None leaves the sensitivity out.
         inputs: What it is called with; empty for the first calibration batch.
         title: Of the report.
+        seconds: Of each of two measurements.
 
     Returns:
         The report, the channel groups as plain values, and what is no site with the reason.
@@ -126,8 +132,8 @@ def inspected(
     with evaluating(model):
         sites = find(model)
         flops = cost.flops_by_module(model, *positional)
-        times = cost.module_times(model, *positional, seconds=2.0)
-        latency = cost.latency(runner(model, arguments), seconds=1.0)
+        times = cost.module_times(model, *positional, seconds=seconds)
+        latency = cost.latency(runner(model, arguments), seconds=seconds)
         counted = costs(model, arguments)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -13,7 +13,7 @@ def check(given: str, allowed: Collection[str], what: str) -> str:
 
     Args:
         given: What was typed.
-        allowed: What there is.
+        allowed: What there is; "a.b" is also meant by "b".
         what: Start of the message, such as "The recipe has no key".
 
     Returns:
@@ -22,9 +22,11 @@ def check(given: str, allowed: Collection[str], what: str) -> str:
     Raises:
         UsageError: if it is not allowed, with the nearest one that is.
     """
-    if given not in allowed:
-        raise UsageError(f"{what} {given!r}.{suggest(given, allowed)}")
-    return given
+    if given in allowed:
+        return given
+    inside = next((name for name in allowed if name.rpartition(".")[2] == given), None)
+    hint = f" Did you mean {inside!r}?" if inside else suggest(given, allowed)
+    raise UsageError(f"{what} {given!r}.{hint}")
 
 
 def check_all(given: Iterable[str], allowed: Collection[str], what: str) -> None:

@@ -233,8 +233,9 @@ def command(recipe: Recipe, folder: str | pathlib.Path, *, resume: bool = False)
     words += ["--task", recipe.task] if recipe.task else []
     for name, limit in recipe.budget.items():
         words += [f"--{name.replace('_', '-')}", str(limit)]
-    for name, value in recipe.recovery.items():
-        words += ["--steps", str(value)] if name == "steps" else ["--set", f"recovery.{name}={value}"]
+    for name in (name for name in RECOVERY if name in recipe.recovery):
+        value = str(recipe.recovery[name])
+        words += ["--steps", value] if name == "steps" else ["--set", f"recovery.{name}={value}"]
     words += ["--seed", str(recipe.seed)] if recipe.seed else []
     words += ["--threads", str(recipe.threads)] if recipe.threads is not None else []
     words += ["--seconds", str(recipe.seconds)] if recipe.seconds != Recipe.seconds else []
