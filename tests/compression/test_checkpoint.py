@@ -142,6 +142,7 @@ def test_a_finished_run_is_gone(tmp_path):
     (tmp_path / "run" / ".plan.json.part").write_text("half")
     run.finish()
     assert list(tmp_path.iterdir()) == []
+    run.finish()
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class Run:
 
     def finish(self) -> None:
         """Remove the stages: the artifact stands for them."""
-        if self.folder is not None:
+        if self.folder is not None and self.folder.exists():
             _clear(self.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
 
