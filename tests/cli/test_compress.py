@@ -126,7 +126,7 @@ def test_resuming_with_another_recipe_is_refused(eke, result):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*SOURCE], "Nothing was limited: give at least one limit, such as --max-drop 1% --latency 0.5x"),
+        ([*SOURCE], "Nothing was limited, got the budget {}: give a limit, such as --max-drop 1% --latency 0.5x"),
         ([*SOURCE, "--latency", "fast"], "latency could not be read: 'fast'"),
         ([*SOURCE, "--size", "0.5y"], "unknown unit 'y'"),
         (["--size", "0.5x"], "No model was given"),

@@ -69,6 +69,7 @@ def test_too_few_samples_say_how_many_are_needed(eke, finished):
 
 
 def test_what_cannot_be_meant(eke):
-    assert "gate needs data: add --data" in eke("gate", SOURCE[0], SOURCE[0], code=2).stderr
+    assert "There is no folder 'old'" in eke("gate", "old", SOURCE[0], "--data", SOURCE[2], code=1).stderr
+    assert "name none: add --data" in eke("gate", SOURCE[0], SOURCE[0], code=2).stderr
     told = eke("gate", SOURCE[0], SOURCE[0], "--data", SOURCE[2], "--max-drop", "much", code=2).stderr
     assert "--max-drop could not be read: 'much'" in told

@@ -64,7 +64,7 @@ def test_a_recipe_finds_its_files_from_its_own_folder(files, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("recipe", "error", "message"),
     [
-        (Recipe(), UsageError, "No model was given: write FILE.py:FUNCTION"),
+        (Recipe(), UsageError, "No model was given, got None: write FILE.py:FUNCTION"),
         (Recipe(model="cli_tiny_modle.py:build"), FileNotFoundError, r"Did you mean 'cli_tiny_model.py'\?"),
         (Recipe(model="cli_tiny_model.py:biuld"), UsageError, r"has no function 'biuld'\. Did you mean 'build'\?"),
         (Recipe(model="cli_tiny_model.py:weights"), UsageError, "has int, not a function, 'weights'"),
@@ -81,7 +81,7 @@ def test_models_that_cannot_be_loaded(here, recipe, error, message):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (None, UsageError, "No data were given: add --data FILE.py:FUNCTION"),
+        (None, UsageError, "No data were given, got None: add --data FILE.py:FUNCTION"),
         ("torchvision:mnist", UsageError, "--data needs FILE.py:FUNCTION, got 'torchvision:mnist'"),
         ("cli_tiny_data.py:misspelt", UsageError, r"unknown key 'sellection'\. Did you mean 'selection'\?"),
         ("cli_tiny_data.py:two", ValueError, "returned no report: all of calibration, selection, report are needed"),

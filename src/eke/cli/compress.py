@@ -20,7 +20,7 @@ from .load import load_model, load_task, places, resolve
 from .options import DataOption, DebugOption, JsonOption, ModelArgument, TaskOption, ThreadsOption
 from .progress import shown
 from .recipe import Recipe
-from .session import Interrupted, UsageError, emit, session
+from .session import Interrupted, UsageError, emit, leave, session
 from .show import draw
 
 if TYPE_CHECKING:
@@ -98,14 +98,13 @@ def compress(
             document = _finished(out, wanted) if resume else None
             document = document or _run(wanted, out, resume=resume, base=base)
         except KeyboardInterrupt:
-            again = recipes.command(wanted, out, resume=True)
-            raise Interrupted(f"interrupted; continue with: {again}") from None
+            raise Interrupted(f"interrupted; continue with: {recipes.command(wanted, out, resume=True)}") from None
     if as_json:
         emit(json.loads(document.to_json()))
     else:
         draw(document)
         typer.echo(str(out / "report.html"))
-    raise typer.Exit(FAILED if not document.verdict.verified else NOT_MET if document.verdict.met is False else MET)
+    leave(FAILED if not document.verdict.verified else NOT_MET if document.verdict.met is False else MET)
 
 
 def check_folder(folder: pathlib.Path, *, resume: bool) -> None:
@@ -169,12 +168,14 @@ def _run(wanted: Recipe, folder: pathlib.Path, *, resume: bool, base: pathlib.Pa
     from ..cost import pinned_threads
 
     if not wanted.budget:
-        raise UsageError("Nothing was limited: give at least one limit, such as --max-drop 1% --latency 0.5x.")
+        raise UsageError(
+            f"Nothing was limited, got the budget {wanted.budget}: give a limit, such as --max-drop 1% --latency 0.5x."
+        )
     wanted = _complete(wanted)
     try:
         budget, recovery = Budget(**wanted.budget), Recovery(**wanted.recovery)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{error}".replace("Budget.", "budget.")) from error
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)
     with pinned_threads(wanted.threads), shown() as progress:
         result = compressed(

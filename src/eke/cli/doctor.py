@@ -14,7 +14,7 @@ import typer
 
 from .._version import __version__
 from .options import DebugOption, JsonOption
-from .session import emit, session
+from .session import emit, leave, session
 
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "torch-pruning", "typer", "rich", "pyyaml")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+).*;.*extra\s*==\s*['\"]([a-z]+)['\"]")
@@ -25,7 +25,7 @@ def doctor(*, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Say what is installed and what works here.
 
     Missing extras are no error. Exit code 1: the demo's data are damaged.
-    """  # noqa: DOC501
+    """
     with session(as_json=as_json, debug=debug):
         found = examined()
     if as_json:
@@ -33,7 +33,7 @@ def doctor(*, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     else:
         for name, value in found.items():
             typer.echo(f"{name}: {_line(value)}")
-    raise typer.Exit(0 if found["demo data"] == "whole" else 1)
+    leave(0 if found["demo data"] == "whole" else 1)
 
 
 def examined() -> dict[str, Any]:

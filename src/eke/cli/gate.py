@@ -18,7 +18,7 @@ from .._version import __version__
 from .load import load_model, load_task
 from .options import DataOption, DebugOption, JsonOption, TaskOption, ThreadsOption
 from .recipe import Recipe, of_folder
-from .session import UsageError, emit, session
+from .session import UsageError, emit, leave, session
 from .show import draw
 from .verify import as_plain
 
@@ -76,7 +76,7 @@ def gate(
         try:
             limit = Budget(max_drop=max_drop).drop
         except (ValueError, TypeError) as error:
-            raise UsageError(str(error).replace("Budget.max_drop", "--max-drop")) from error
+            raise UsageError(f"{error}".replace("Budget.max_drop", "--max-drop")) from error
         assert limit is not None
         source, folder = _source(old, new, data=data, task=task)
         known = load_task(source, folder=folder)
@@ -89,7 +89,7 @@ def gate(
         emit(numbers)
     else:
         draw(document)
-    raise typer.Exit(0 if numbers["passed"] else 1)
+    leave(0 if numbers["passed"] else 1)
 
 
 def _source(old: str, new: str, *, data: str | None, task: str | None) -> tuple[Recipe, pathlib.Path | None]:
@@ -101,11 +101,11 @@ def _source(old: str, new: str, *, data: str | None, task: str | None) -> tuple[
             found = of_folder(folder)
             if found.data or found.task:
                 return found, folder
-    raise UsageError("gate needs data: add --data FILE.py:FUNCTION, such as --data my_data.py:loaders.")
+    raise UsageError(f"gate needs data, and {old} and {new} name none: add --data FILE.py:FUNCTION.")
 
 
 def _side(text: str, *, task: str | None) -> Side:
-    """Return what OLD or NEW names."""
+    """Return what OLD or NEW names."""  # noqa: DOC501
     from .. import cost
     from ..compression import load
 
@@ -115,6 +115,8 @@ def _side(text: str, *, task: str | None) -> Side:
         if recipe.model is None and recipe.task is None and task is not None:
             recipe = Recipe(task=task)
         return Side(text, load(folder, load_model(recipe, folder=folder)), cost.stored_bytes(folder))
+    if ":" not in text:
+        raise FileNotFoundError(f"There is no folder {text!r}: give a result's folder or FILE.py:FUNCTION.")
     model = load_model(Recipe(model=text))
     return Side(text, model.eval(), cost.model_bytes(model))
 

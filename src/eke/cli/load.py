@@ -140,7 +140,9 @@ def load_model(recipe: Recipe, *, folder: pathlib.Path | None = None) -> nn.Modu
 
         return build()
     if recipe.model is None:
-        raise UsageError("No model was given: write FILE.py:FUNCTION, such as my_model.py:build, or --task demo.")
+        raise UsageError(
+            f"No model was given, got {recipe.model!r}: write FILE.py:FUNCTION (my_model.py:build) or --task demo."
+        )
     spec = resolve(recipe.model, places(folder))
     model = _torchvision(spec) if spec.startswith("torchvision:") else call(spec)
     if not isinstance(model, nn.Module):
@@ -182,7 +184,7 @@ def load_task(recipe: Recipe, *, folder: pathlib.Path | None = None) -> Task:
 
         return task()
     if recipe.data is None:
-        raise UsageError("No data were given: add --data FILE.py:FUNCTION, such as --data my_data.py:loaders.")
+        raise UsageError(f"No data were given, got {recipe.data!r}: add --data FILE.py:FUNCTION (my_data.py:loaders).")
     if recipe.data.startswith("torchvision:"):
         raise UsageError(f"--data needs FILE.py:FUNCTION, got {recipe.data!r}.")
     spec = resolve(recipe.data, places(folder))

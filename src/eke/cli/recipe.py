@@ -93,15 +93,26 @@ class Recipe:
             return replace(self, model=model or self.model, data=data or self.data, task=None)
         return self
 
-    def with_flags(self, budget: Mapping[str, str | None], *, steps: int | None = None, **others: Any) -> Recipe:
-        """Return the recipe with the flags that were given (those that are not None)."""
-        recovery = {} if steps is None else {"steps": steps}
+    def with_flags(
+        self,
+        budget: Mapping[str, str | None],
+        *,
+        steps: int | None = None,
+        seed: int | None = None,
+        threads: int | None = None,
+        seconds: float | None = None,
+        skip: Sequence[str] | None = None,
+    ) -> Recipe:
+        """Return the recipe with the flags that were given: those that are not None, and names to skip."""
         limits = {name: value for name, value in budget.items() if value is not None}
         return replace(
             self,
             budget={**self.budget, **limits},
-            recovery={**self.recovery, **recovery},
-            **{name: value for name, value in others.items() if value is not None},
+            recovery={**self.recovery, **({} if steps is None else {"steps": steps})},
+            seed=self.seed if seed is None else seed,
+            threads=self.threads if threads is None else threads,
+            seconds=self.seconds if seconds is None else seconds,
+            skip=tuple(skip) if skip else self.skip,
         )
 
 

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -107,7 +107,16 @@ def session(*, as_json: bool, debug: bool) -> Iterator[None]:
         typer.echo(told, err=True)
         if as_json:
             emit({"error": told.removeprefix("error: "), "exit_code": exit_code(error)})
-        raise typer.Exit(exit_code(error)) from None
+        leave(exit_code(error))
+
+
+def leave(code: int) -> NoReturn:
+    """End the verb with an exit code.
+
+    Raises:
+        Exit: always.
+    """
+    raise typer.Exit(code)
 
 
 def emit(document: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import typer
 from .load import load_model, load_task
 from .options import DataOption, DebugOption, JsonOption, TaskOption
 from .recipe import Recipe, of_folder
-from .session import emit, session
+from .session import emit, leave, session
 
 if TYPE_CHECKING:
     from .._types import Counts
@@ -63,7 +63,7 @@ def verify(
     The weights' digest, the state of the rebuilt model bit for bit, and its score on a split.
 
     Exit codes: 0 the same; 1 different, or an error; 2 the command is wrong.
-    """  # noqa: DOC501
+    """
     with session(as_json=as_json, debug=debug):
         from .names import check
 
@@ -84,7 +84,7 @@ def verify(
             mark = {True: "same", False: "DIFFERENT", None: "not recorded"}[item.same]
             typer.echo(f"{item.name}: {mark}; {item.text}")
         typer.echo(f"{folder} is {'as it was saved' if same else 'NOT as it was saved'}")
-    raise typer.Exit(0 if same else 1)
+    leave(0 if same else 1)
 
 
 def verified(folder: pathlib.Path, recipe: Recipe, *, split: str) -> tuple[list[Check], dict[str, Any]]:
