@@ -11,9 +11,10 @@ from .._types import Batch, Counts, Evaluate, Loss
 from ..structures import UniformGrid
 from . import measure
 from .budget import Budget
+from .checks import mean_loss
 from .measure import Inputs
 from .recover import Recovery
-from .task import Forward, evaluating
+from .task import Forward
 
 Progress = Callable[[str, float, str], None]
 """`progress(stage, share, text)`: called as a run advances."""
@@ -49,6 +50,4 @@ class Job:
         """Return the score on the selection split; without one, minus the mean calibration loss."""
         if self.evaluate is not None:
             return measure.evaluate_on(model, self.evaluate, of=of)
-        with evaluating(model):
-            losses = [float(self.loss(model, batch)) for batch in self.batches]
-        return measure.checked_score(-sum(losses) / len(losses), of=of)
+        return -mean_loss(model, self.batches, loss=self.loss)

@@ -20,7 +20,7 @@ from .._types import Batch, Counts, Evaluate, Loss
 from ..sites import unwrap
 from ..structures import UniformGrid
 from . import apply, measure
-from .artifact import Blueprint
+from .artifact import Blueprint, state_digest
 from .budget import Budget
 from .checkpoint import Run, read_tensors, write_tensors
 from .checks import check_batches, check_report, check_runs, check_task
@@ -102,7 +102,10 @@ def compress(
         evaluate = evaluate or (lambda net: task.score(net, task.selection))
         report = report or (lambda net: task.score(net, task.report))
         check_task(task, budget.drop)
-    samples, first = check_batches(task.calibration)
+    samples, first = check_batches(
+        task.calibration,
+        lambda index, batch: check_runs(bare, batch, loss=task.loss, forward=task.forward, index=index),
+    )
     job = Job(
         model=bare,
         batches=task.calibration,
@@ -121,7 +124,6 @@ def compress(
         samples=samples,
         progress=progress or (lambda stage, share, text: None),
     )
-    check_runs(bare, first, loss=job.loss, forward=job.forward)
     notes = list(remarks)
     selection = job.score(bare, of="the original model")
     if report is None:
@@ -197,7 +199,7 @@ def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
         "seed": job.seed,
         "skip": list(job.skip),
         "grids": [repr(grid) for grid in job.grids],
-        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "weights": state_digest(job.model),
     }
 
 

@@ -131,7 +131,10 @@ def recover_(
         batch, answers = lessons.take(samples)
         for group in optimizer.param_groups:
             group["lr"] = recovery.rate(index)
-        loss = recovery.match(forward(model, batch), answers)
+        # Dropout draws from the global generator: it is seeded for this step alone and put back.
+        with torch.random.fork_rng(devices=sorted({p.device.index for _, p in trained if p.is_cuda})):
+            torch.manual_seed((seed * 1_000_003 + index) % 2**63)
+            loss = recovery.match(forward(model, batch), answers)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -175,7 +178,11 @@ def _unregister(model: nn.Module, grids: Mapping[str, tuple[Site, Structure]]) -
     for site, _ in grids.values():
         module = model.get_submodule(site.module_name)
         if parametrize.is_parametrized(module, site.parameter):
+            later = [name for name in module._parameters if name != site.parameter]
             parametrize.remove_parametrizations(module, site.parameter, leave_parametrized=False)
+            # The parameter is now the last one; it goes back to the front, where a weight stands.
+            for name in later:
+                module.register_parameter(name, module._parameters.pop(name))
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -215,7 +222,9 @@ def _resume(
                 buffers[name].copy_(value)
         for name, parameter in trained:
             parameter.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            # A parameter that no output depends on has no state.
+            if f"optimizer.step.{name}" in tensors:
+                optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                }
     return int(metadata["step"])

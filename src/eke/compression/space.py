@@ -49,13 +49,15 @@ def explore(job: Job, run: Run) -> Space:
         ValueError: if nothing can be changed.
     """
     sites = tuple(site for site in find(job.model, skip=job.skip) if site.hookable)
+    if not sites:
+        raise ValueError(_nothing(job, sites))
     path = run.path("statistics.safetensors")
     job.progress("statistics", 0.0, f"curvature at {len(sites)} matrices")
     if path is not None and path.exists():
         curvature = Curvature.load(path)
     else:
         curvature = Curvature.estimate(
-            job.model, job.loss, job.batches, sites=sites, max_samples=2048, max_locations=64
+            job.model, job.loss, job.batches, sites=sites, max_samples=1024, max_locations=49, corrected_samples=128
         )
         if path is not None:
             curvature.save(path)
@@ -73,11 +75,16 @@ def explore(job: Job, run: Run) -> Space:
     else:
         widths, grids = candidates.from_json(found, groups, sites, job.grids)
     if not widths and not grids:
-        raise ValueError(
-            f"There is nothing to compress: 0 channel groups and 0 matrices of {type(job.model).__name__} with "
-            f"{len(sites)} sites can be changed (skip={list(job.skip)}). `eke inspect` says why for each module."
-        )
+        raise ValueError(_nothing(job, sites))
     return _with_costs(job, run, sites, curvature, widths=widths, grids=grids)
+
+
+def _nothing(job: Job, sites: Sequence[Site]) -> str:
+    """Return the message for a model without candidates."""
+    return (
+        f"There is nothing to compress: 0 channel groups and 0 matrices of {type(job.model).__name__} with "
+        f"{len(sites)} sites can be changed (skip={list(job.skip)}). `eke inspect` says why for each module."
+    )
 
 
 def _modules(job: Job) -> list[str]:
