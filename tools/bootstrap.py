@@ -212,8 +212,6 @@ def demo(arguments: list[str]) -> int:
     output_folder = [] if any(a == "--out" or a.startswith("--out=") for a in arguments) else ["--out", "eke-demo"]
     command = [str(VENV / "bin" / "eke"), "compress", "--task", "demo", *output_folder, *arguments]
     code = subprocess.run(command).returncode
-    if code == 3:
-        say("The run finished and was verified; its budget was not met (see the verdict above).")
     return 0 if code in (0, 3) else code
 
 
