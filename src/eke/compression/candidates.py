@@ -105,9 +105,7 @@ def readers(
         if site is None or site.name not in curvature.names or site.groups != 1:
             return None
         factors = curvature.factors(site.name)
-        found.append(
-            Consumer(weight=site.read(model), a=factors.a[0], g=factors.g[0], blocks=member.columns)
-        )
+        found.append(Consumer(weight=site.read(model), a=factors.a[0], g=factors.g[0], blocks=member.columns))
     return found or None
 
 

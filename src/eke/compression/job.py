@@ -36,7 +36,7 @@ class Job:
     recovery: Recovery
     skip: tuple[str, ...]
     seed: int
-    threads: int | None
+    threads: int
     seconds: float
     samples: int
     progress: Progress

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
 from .. import cost
@@ -160,5 +159,5 @@ def _environment(job: Job, space: Space) -> dict[str, str]:
     found = {str(key): str(value) for key, value in cost.environment().to_json().items()}
     found["memory format"] = space.memory_format
     found["folded"] = str(len(space.folded))
-    found["threads"] = str(job.threads or torch.get_num_threads())
+    found["threads"] = str(job.threads)
     return found
