@@ -64,7 +64,7 @@ def inspect(
         recipe = Recipe(model, data, task)
         if recipe.task is None and recipe.data is None and not inputs:
             raise UsageError(
-                "inspect needs what the model is called with: --data FILE.py:FUNCTION or --input 1,3,224,224."
+                f"inspect needs what {model} is called with: --data FILE.py:FUNCTION or --input 1,3,224,224."
             )
         net = load_model(recipe)
         known = load_task(recipe) if recipe.task or recipe.data else None

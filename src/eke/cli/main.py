@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -47,9 +48,9 @@ def top(
 
 
 def main() -> None:
-    """Run the command with the arguments of this process and exit with its code."""  # noqa: DOC501
+    """Run the command with the arguments of this process and exit with its code."""
     try:
         app(prog_name="eke")
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        raise SystemExit(130) from None
+        sys.exit(130)
