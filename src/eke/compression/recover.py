@@ -47,8 +47,8 @@ class Recovery:
         ValueError: if a number is out of range.
     """
 
-    steps: int = 600
-    batch_size: int = 128
+    steps: int = 800
+    batch_size: int = 64
     learning_rate: float = 5e-3
     weight_decay: float = 5e-4
     warmup: float = 0.2
