@@ -31,7 +31,7 @@ def digest(folder):
 def test_a_met_budget_ends_with_verdict_and_page(finished):
     lines = (finished.parent / "stdout.txt").read_text().splitlines()
     assert lines[-1] == "finished/report.html"
-    assert lines[-2].startswith("Budget met, verified. Budget met: ")
+    assert lines[-2].startswith("Budget met, verified. ")
     assert lines[-2].endswith("Reloaded in a fresh process: the same.")
 
 

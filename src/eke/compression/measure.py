@@ -19,7 +19,8 @@ from .artifact import FORMAT, pack
 from .candidates import Widths
 from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
-from .tables import Counter, Shapes, Timing, designs, fit_timing
+from .plan import Term
+from .tables import Counter, Shapes, Timing, designs, fit_timing, share_terms
 from .task import evaluating
 
 _ANCHORS = 4
@@ -284,3 +285,32 @@ def timing(
         net = shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format)
         times.append(cost.module_times(net, *arguments, seconds=0.7 * seconds / len(chosen), threads=threads))
     return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)
+
+
+def memory_terms(
+    model: nn.Module,
+    inputs: Inputs,
+    widths: Sequence[Widths],
+    *,
+    folded: Sequence[Pair],
+    memory_format: str,
+    seed: int = 0,
+) -> list[Term]:
+    """Count the peak memory of cut nets and fit it to the groups' shares.
+
+    Args:
+        model: The original.
+        inputs: Example inputs.
+        widths: Candidates of its channel groups.
+        folded: Pairs that are folded.
+        memory_format: Of the weights.
+        seed: Of the designs.
+
+    Returns:
+        Tables of peak memory.
+    """
+    counter = Counter.of(widths)
+    chosen = designs(counter, count=4 + 2 * len(widths), seed=seed)
+    nets = (shaped(model, surgery(widths, p), folded=folded, memory_format=memory_format) for p in chosen)
+    peaks = [float(cost.peak_memory(net, *positional(inputs))) for net in nets]
+    return share_terms("peak_memory", chosen, peaks, counter)

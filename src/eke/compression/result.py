@@ -211,13 +211,14 @@ def _sentence(result: Result, lines: Sequence[BudgetLine], *, verified: bool) ->
     evidence = result.evidence
     speed = evidence.speedups[0]
     smaller = evidence.before["size"] / evidence.after["size"]
-    faster = f"{speed.ratio:.2f}x faster" if speed.claimed else "no speed-up that could be proved"
+    faster = f"{speed.ratio:.2f}x faster" if speed.claimed else "no speed-up that could be claimed"
     drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=result.budget.drop)
     unit = "points" if isinstance(evidence.scores["before"], Counts) else "of the score"
     change = f"{abs(drop.points):.2f} {unit} {'lost' if drop.points > 0 else 'gained'}"
     missed = [line.name for line in lines if not line.met]
-    verdict = "Budget met" if not missed else f"Budget not met ({', '.join(missed)})"
-    return f"{verdict}: {faster}, file {smaller:.1f}x smaller, {change}. {_VERIFIED if verified else _UNVERIFIED}"
+    over = f" Over the limit: {', '.join(missed)}." if missed else ""
+    first = f"{faster}, file {smaller:.1f}x smaller, {change}."
+    return f"{first[0].upper()}{first[1:]}{over} {_VERIFIED if verified else _UNVERIFIED}"
 
 
 def document(result: Result, *, verified: bool) -> Document:

@@ -121,6 +121,7 @@ def _with_costs(
         *tables.parameter_terms(job.model, dimensions, counter),
         *tables.mac_terms(macs, dimensions, counter),
         *tables.size_terms(job.model, dimensions, counter, grids=grids, folded=folded),
+        *_memory_terms(job, widths, folded, known["memory_format"]),
         *_timing_terms(known["fit"], dimensions, counter),
     ]
     lossless = {"seconds": _folded_seconds(known["times"], folded, known["memory_format"])}
@@ -157,6 +158,16 @@ def _fitted(
         threads=job.threads,
     )
     return {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale, "offset": timing.offset}
+
+
+def _memory_terms(
+    job: Job, widths: Sequence[candidates.Widths], folded: Sequence[Pair], memory_format: str
+) -> list[Term]:
+    if job.budget.peak_memory is None:
+        return []
+    return measure.memory_terms(
+        job.model, job.inputs, widths, folded=folded, memory_format=memory_format, seed=job.seed
+    )
 
 
 def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:

@@ -275,6 +275,27 @@ def fit_timing(
     return Timing(timing.modules, timing.rest, float(scale), float(offset))
 
 
+def share_terms(
+    resource: str, designs: Sequence[Mapping[str, int]], values: Sequence[float], counter: Counter
+) -> list[Term]:
+    """Fit a cost of whole nets to the groups' shares: a constant and one non-negative slope a group.
+
+    Args:
+        resource: Name of the cost.
+        designs: Option index of each width decision, one mapping a net.
+        values: Cost of each net.
+        counter: Of the candidates.
+
+    Returns:
+        Tables of the cost.
+    """
+    shares = {choice: counter.share(choice) for choice in counter.removed}
+    rows = np.asarray([[1.0, *(shares[c][design[c]] for c in shares)] for design in designs])
+    found = nnls(rows / np.asarray(values)[:, None], np.ones(len(values)))[0]
+    slopes = [Term((c,), resource, float(slope) * shares[c]) for c, slope in zip(shares, found[1:])]
+    return [Term((), resource, np.asarray(found[0])), *slopes]
+
+
 def designs(counter: Counter, *, count: int, seed: int) -> list[dict[str, int]]:
     """Choose nets to measure: the uncut one, the smallest one, and random combinations of options.
 

@@ -1,0 +1,122 @@
+"""Carrying out a plan: cut, compensate, recalibrate, put on grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eke.compression import apply, candidates
+from eke.compression.deploy import foldable
+from eke.compression.lessons import collect
+from eke.compression.task import cross_entropy, forward
+from eke.curvature import Curvature
+from eke.sites import channel_groups, find
+from eke.structures import UniformGrid
+
+from .nets import batches, outputs, same, samples, state, trained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained(seed=7)
+
+
+@pytest.fixture(scope="module")
+def world(model):
+    data = batches(192, seed=1)
+    sites = find(model)
+    curvature = Curvature.estimate(model, cross_entropy, data, sites=sites)
+    widths = candidates.channel_candidates(model, channel_groups(model, data[0][0]), sites, curvature)
+    return data, sites, curvature, widths
+
+
+def halves(widths):
+    return {w.choice: len(w.kept) // 2 for w in widths}
+
+
+def test_a_plan_that_keeps_everything_changes_nothing(model, world):
+    _, sites, curvature, widths = world
+    net = apply.cut(model, widths, {w.choice: 0 for w in widths}, sites=sites, curvature=curvature)
+    assert same(state(net), state(model))
+    assert apply.surgery(widths, {}).slices == {}
+
+
+def test_cutting_leaves_the_original_alone(model, world):
+    _, sites, curvature, widths = world
+    before = state(model)
+    net = apply.cut(model, widths, halves(widths), sites=sites, curvature=curvature)
+    assert same(state(model), before)
+    for width in widths:
+        kept = width.kept[halves(widths)[width.choice]]
+        producer = net.get_submodule(width.group.producers[0].module_name)
+        assert producer.weight.shape[0] == kept
+
+
+def test_compensation_loses_less_than_cutting_alone(model, world):
+    data, sites, curvature, widths = world
+    picks = halves(widths)
+    compensated = apply.cut(model, widths, picks, sites=sites, curvature=curvature)
+    plain = apply.shaped(model, apply.surgery(widths, picks), folded=(), memory_format="contiguous")
+    lessons = collect(model, data, forward=forward)
+    losses = []
+    for net in (compensated, plain):
+        apply.recalibrate_(net, lessons, forward=forward)
+        losses.append(sum(float(cross_entropy(net, batch)) for batch in data))
+    assert losses[0] < losses[1]
+
+
+def test_recalibration_gives_the_statistics_of_the_data(model, world):
+    data = world[0]
+    net = trained(seed=7)
+    with torch.no_grad():
+        net.bn1.running_mean.add_(3)
+    lessons = collect(model, data, forward=forward)
+    apply.recalibrate_(net, lessons, forward=forward, batch_size=lessons.samples)
+    images = torch.cat([x for x, _ in data])
+    with torch.no_grad():
+        response = net.conv1(images)
+    torch.testing.assert_close(net.bn1.running_mean, response.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.bn1.running_var, response.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert net.bn1.momentum == 0.1
+    assert not any(module.training for module in net.modules())
+
+
+def test_recalibration_of_ragged_batches_uses_them_as_they_are(model):
+    ragged = [(samples(5, seed=1)[0], samples(5, seed=1)[1]), (samples(7, seed=2)[0][:, :, :6], samples(7, seed=2)[1])]
+    lessons = collect(model, ragged, forward=forward)
+    net = trained(seed=7)
+    apply.recalibrate_(net, lessons, forward=forward)
+    assert not same(state(net), state(model))
+
+
+def test_a_deployed_net_lies_on_its_grids_and_deploying_again_changes_nothing(model):
+    net = trained(seed=7)
+    x = samples(4, seed=3)[0]
+    grids = {site.name: UniformGrid(4) for site in find(net)}
+    pairs = foldable(net, lambda m: m(x))
+    apply.deploy_(net, folded=pairs, memory_format="contiguous", grids=grids)
+    for site, grid in apply.on_grids(net, grids).values():
+        matrix = site.read(net)
+        assert torch.equal(grid.project(matrix), matrix)
+    before = state(net)
+    apply.deploy_(net, folded=(), memory_format="contiguous", grids=grids)
+    assert same(state(net), before)
+
+
+def test_folding_after_rounding_keeps_the_rounded_net(model):
+    x = samples(4, seed=3)[0]
+    rounded = trained(seed=7)
+    grids = {site.name: UniformGrid(5) for site in find(rounded)}
+    for site, grid in apply.on_grids(rounded, grids).values():
+        site.write_(rounded, grid.project(site.read(rounded)))
+    deployed = trained(seed=7)
+    apply.deploy_(deployed, folded=foldable(model, lambda m: m(x)), memory_format="channels_last", grids=grids)
+    torch.testing.assert_close(outputs(deployed), outputs(rounded), rtol=1e-3, atol=1e-3)
+
+
+def test_only_grids_are_chosen_not_float(world):
+    _, sites, _, _ = world
+    grids = [candidates.Grids(site, (UniformGrid(4), None), (0.0, 0.0)) for site in sites]
+    picks = {grid.choice: number % 2 for number, grid in enumerate(grids)}
+    chosen = apply.grids_of(grids, picks)
+    assert set(chosen) == {grid.site.name for number, grid in enumerate(grids) if number % 2 == 0}
