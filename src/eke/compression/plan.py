@@ -16,13 +16,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, csr_array, vstack
 
 from .budget import RESOURCES, show
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Table = NDArray[np.float64]
 
@@ -187,6 +189,9 @@ def _build(choices: Sequence[Choice], terms: Sequence[Term]) -> _Program:
         line = costs.setdefault(term.resource, np.zeros(position))
         if start >= 0:
             line[start : start + term.table.size] += term.table.ravel()
+    # SciPy's solvers take a second to import: only who plans pays for it.
+    from scipy.sparse import coo_array
+
     matrix = coo_array((values, (rows, columns)), shape=(len(right), position)).tocsr()
     return _Program(matrix, np.asarray(right), costs, binaries, offsets)
 
@@ -203,6 +208,9 @@ def _constants(terms: Sequence[Term]) -> dict[str, float]:
 def _solve(
     program: _Program, objective: Table, limits: Sequence[tuple[Table, float]], *, gap: float, seconds: float
 ) -> tuple[Table | None, float]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, vstack
+
     width = objective.size
     pad = width - program.equalities.shape[1]
     equal = program.equalities

@@ -16,13 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import nn
 
 from ..sites import Site
 from .candidates import Grids, Widths
 from .deploy import Pair
 from .plan import Choice, Table, Term, total
+
+
+def _non_negative(rows: Table, values: Table) -> Table:
+    """Return the non-negative coefficients of least squares; SciPy is imported when it is needed first."""
+    from scipy.optimize import nnls
+
+    found: Table = nnls(rows, values)[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -264,14 +271,14 @@ def fit_timing(
         rows = np.asarray([[f[tuple(design[c] for c in over)] for f in full] for design in designs])
         # Relative errors count: small nets are the ones that plans choose.
         weight = 1 / np.maximum(seconds, seconds.max() * 0.02 + 1e-12)
-        modules[name] = tuple(float(c) for c in nnls(rows * weight[:, None], seconds * weight)[0])
+        modules[name] = tuple(float(c) for c in _non_negative(rows * weight[:, None], seconds * weight))
     shares = {choice: counter.share(choice) for choice in counter.removed}
     rows = np.asarray([[1.0, *(shares[c][design[c]] for c in counter.removed)] for design in designs])
-    timing = Timing(modules, tuple(float(c) for c in nnls(rows, np.maximum(rest, 0))[0]))
+    timing = Timing(modules, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
     terms = timing.terms(dimensions, counter)
     sums = np.asarray([total(terms, picks)["latency"] for picks in designs[: len(whole)]])
     anchors = np.stack([sums, np.ones_like(sums)], 1) / np.asarray(whole)[:, None]
-    scale, offset = nnls(anchors, np.ones_like(sums))[0]
+    scale, offset = _non_negative(anchors, np.ones_like(sums))
     return Timing(timing.modules, timing.rest, float(scale), float(offset))
 
 
@@ -291,7 +298,7 @@ def share_terms(
     """
     shares = {choice: counter.share(choice) for choice in counter.removed}
     rows = np.asarray([[1.0, *(shares[c][design[c]] for c in shares)] for design in designs])
-    found = nnls(rows / np.asarray(values)[:, None], np.ones(len(values)))[0]
+    found = _non_negative(rows / np.asarray(values)[:, None], np.ones(len(values)))
     slopes = [Term((c,), resource, float(slope) * shares[c]) for c, slope in zip(shares, found[1:])]
     return [Term((), resource, np.asarray(found[0])), *slopes]
 
