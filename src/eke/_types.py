@@ -28,6 +28,8 @@ class Counts:
         total: Number of samples.
         outcomes: Optional bool tensor (total,), one entry a sample in the order of the data. With it, two models are
             compared sample by sample, which narrows the interval of their difference.
+        order: Optional fingerprint of the samples in their order; outcomes are compared one by one only where it is the
+            same (a loader that shuffles gives another one every time).
 
     Raises:
         ValueError: if the numbers contradict each other.
@@ -36,12 +38,15 @@ class Counts:
     correct: int
     total: int
     outcomes: Tensor | None = None
+    order: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.total:
             raise ValueError(f"Counts needs 0 <= correct <= total, got correct={self.correct}, total={self.total}.")
         if self.outcomes is not None and self.outcomes.numel() != self.total:
-            raise ValueError(f"Counts.outcomes must have one entry a sample ({self.total}), got {self.outcomes.numel()}.")
+            raise ValueError(
+                f"Counts.outcomes must have one entry a sample ({self.total}), got {self.outcomes.numel()}."
+            )
 
     @property
     def share(self) -> float:

@@ -83,8 +83,9 @@ def compress(
         "peak_memory": peak_memory,
     }  # fmt: skip
     with session(as_json=as_json, debug=debug):
+        where = str(recipe or "--set")
         wanted = recipes.build(
-            recipes.assigned(recipes.read(recipe) if recipe else {}, settings or []), where=str(recipe or "--set")
+            recipes.assigned(recipes.read(recipe) if recipe else {}, settings or [], where=where), where=where
         )
         wanted = wanted.with_source(model, data=data, task=task)
         wanted = wanted.with_flags(
@@ -96,6 +97,8 @@ def compress(
         check_folder(out, resume=resume)
         try:
             document = _finished(out, wanted) if resume else None
+            if resume and document is None and not _unfinished(out):
+                typer.echo(f"nothing to continue in {out}: starting", err=True)
             document = document or _run(wanted, out, resume=resume, base=base)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; continue with: {recipes.command(wanted, out, resume=True)}") from None
@@ -150,7 +153,7 @@ def _finished(folder: pathlib.Path, wanted: Recipe) -> Document | None:
     document = Document.from_json((folder / "report.json").read_text(encoding="utf-8"))
     if not document.verdict.verified:
         return None
-    before = recipes.read(folder)
+    before = recipes.assigned(recipes.read(folder), [], where=str(folder / recipes.FILE))
     if before != (now := _complete(wanted).to_json()):
         changed = next(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise UsageError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import pathlib
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from .options import DataOption, DebugOption, JsonOption, TaskOption, ThreadsOpt
 from .recipe import Recipe, of_folder
 from .session import UsageError, emit, leave, session
 from .show import draw
-from .verify import as_plain
+from .verify import as_plain, count_opening
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,11 +41,13 @@ class Side:
         name: As typed.
         model: The model.
         bytes: Of its weights file.
+        folder: The artifact, if it is one.
     """
 
     name: str
     model: nn.Module
     bytes: int
+    folder: pathlib.Path | None = None
 
 
 def gate(
@@ -114,11 +117,20 @@ def _side(text: str, *, task: str | None) -> Side:
         recipe = of_folder(folder)
         if recipe.model is None and recipe.task is None and task is not None:
             recipe = Recipe(task=task)
-        return Side(text, load(folder, load_model(recipe, folder=folder)), cost.stored_bytes(folder))
+        return Side(text, load(folder, load_model(recipe, folder=folder)), cost.stored_bytes(folder), folder)
     if ":" not in text:
         raise FileNotFoundError(f"There is no folder {text!r}: give a result's folder or FILE.py:FUNCTION.")
     model = load_model(Recipe(model=text))
     return Side(text, model.eval(), cost.model_bytes(model))
+
+
+def _count_openings(sides: tuple[Side, Side], task: Task) -> None:
+    """Count in the reports of the artifacts among the sides, once in each, that the report split was opened."""
+    for folder in {side.folder.resolve(): side.folder for side in sides if side.folder is not None}.values():
+        try:
+            count_opening(folder, task)
+        except OSError as error:
+            warnings.warn(f"That the report split was opened could not be counted: {error}.", stacklevel=2)
 
 
 def compared(
@@ -144,7 +156,7 @@ def compared(
     from ..compression.measure import as_score, drop_between, evaluate_on
     from ..report import BudgetLine, Document, Measured, Speedup, Verdict
 
-    check_task(task, limit)
+    check_task(task, limit, old.model)
     _, batch = check_batches(task.calibration)
     old, new = sides
 
@@ -156,6 +168,7 @@ def compared(
             return task.forward(side.model, batch)
 
     scores = score(old), score(new)
+    _count_openings(sides, task)
     drop = drop_between(*scores, limit=limit)
     timed = cost.compare_latency(lambda: run(old), lambda: run(new), seconds=seconds)
     worst = drop.points if drop.interval is None else drop.interval[1]

@@ -15,6 +15,7 @@ needs no torch.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -139,17 +140,32 @@ def build(document: object, *, where: str) -> Recipe:
             raise UsageError(f"{where}: {section} must hold keys and values, got {entries!r:.60}.")
         check_all(entries, names, f"{where}: {section} has an unknown key")
         found[section] = {name: entries[name] for name in names if entries.get(name) is not None}
+        if section == "recovery":
+            found[section] = {name: _number(value) for name, value in found[section].items()}
         for name, value in found[section].items():
             _typed(value, f"{where}: {section}.{name}", str if section == "budget" else None, int, float)
     for name in ("model", "data", "task"):
         _typed(found.get(name), f"{where}: {name}", str, type(None))
     found["seed"] = _typed(found.get("seed", 0), f"{where}: seed", int)
     _typed(found.get("threads"), f"{where}: threads", int, type(None))
-    found["seconds"] = float(_typed(found.get("seconds", 3.0), f"{where}: seconds", int, float))
+    found["seconds"] = float(_typed(_number(found.get("seconds", 3.0)), f"{where}: seconds", int, float))
     skip = found.get("skip") or []
     if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
         raise UsageError(f"{where}: skip must be a list of names, got {skip!r:.60}.")
     return Recipe(**{**found, "skip": tuple(skip)})
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a text says, and anything else as it is: YAML 1.1 reads 1e-3 as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    if not math.isfinite(number):
+        return value
+    return int(number) if number.is_integer() else number
 
 
 def _typed(value: Any, where: str, *allowed: type | None) -> Any:
@@ -182,20 +198,22 @@ def read(path: pathlib.Path) -> Any:
         raise UsageError(f"{path} is not valid YAML: {error}.") from error
 
 
-def assigned(document: Any, settings: Sequence[str]) -> dict[str, Any]:
+def assigned(document: Any, settings: Sequence[str], *, where: str = "The recipe") -> dict[str, Any]:
     """Return plain values with `a.b=c` settings made; c is YAML.
 
     Args:
         document: Plain values; not changed.
         settings: Such as "budget.latency=0.4x".
+        where: What the document was read from, for messages.
 
     Returns:
         New plain values.
 
     Raises:
-        UsageError: if a setting has no "=", or its key does not exist.
+        UsageError: if the document is no mapping, a setting has no "=", or its key does not exist.
     """
-    changed: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in dict(document or {}).items()}
+    document = _mapping({} if document is None else document, where)
+    changed: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in document.items()}
     plain = [f.name for f in fields(Recipe) if f.name not in _SECTIONS]
     allowed = [*plain, *(f"{section}.{name}" for section, names in _SECTIONS.items() for name in names)]
     for setting in settings:
@@ -208,10 +226,18 @@ def assigned(document: Any, settings: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError(f"--set {key}: the value {text!r} could not be read ({error}).") from error
         if section:
-            changed[section] = {**(changed.get(section) or {}), name: value}
+            changed[section] = {**_mapping(changed.get(section) or {}, f"{where}: {section}"), name: value}
         else:
             changed[name] = value
     return changed
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"{where} must be a mapping (lines of 'key: value'), got {type(value).__name__} {value!r:.60}."
+        )
+    return value
 
 
 def of_folder(folder: pathlib.Path) -> Recipe:

@@ -21,7 +21,7 @@ import typer
 MARK = "__eke_spec__"
 """Global name that the modules loaded from a user's file carry: how they were asked for."""
 
-_EXPECTED = (ValueError, TypeError, OSError, ImportError)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 class UsageError(ValueError):

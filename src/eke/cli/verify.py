@@ -106,14 +106,14 @@ def verified(folder: pathlib.Path, recipe: Recipe, *, split: str) -> tuple[list[
     plan = read_plan(folder)
     records = plan.get("checks") or {}
     original, task = load_model(recipe, folder=folder), load_task(recipe, folder=folder)
-    with pinned_threads(recipe.threads):
+    with pinned_threads(records.get("threads") or recipe.threads):
         rebuilt = load(folder, original)
         digest = state_digest(rebuilt)
         batches = getattr(task, split)
         value = evaluate_on(rebuilt, lambda net: task.score(net, batches), of=f"the artifact on the {split} split")
     weights = Check("weights file", True, "its SHA-256 is the one in plan.json")
     score = as_plain(value)
-    recorded = records.get("selection") if split == "selection" else _opened(folder, task)
+    recorded = records.get("selection") if split == "selection" else count_opening(folder, task)
     return [weights, _compare_state(records.get("state_sha256"), digest), compare_scores(split, recorded, score)], score
 
 
@@ -160,8 +160,16 @@ def _words(score: Mapping[str, Any]) -> str:
     return f"{score['value']:.6g}"
 
 
-def _opened(folder: pathlib.Path, task: Task) -> dict[str, Any] | None:
-    """Return the score that the report published, once it counts that its split was opened again."""
+def count_opening(folder: pathlib.Path, task: Task) -> dict[str, Any] | None:
+    """Count in an artifact's report that its report split was opened once more.
+
+    Args:
+        folder: The artifact.
+        task: Whose report split was opened.
+
+    Returns:
+        The score that the report published, or None.
+    """
     from ..compression.checks import count_samples
     from ..compression.result import write_report
     from ..report import Document, Split

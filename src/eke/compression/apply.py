@@ -138,8 +138,9 @@ def recalibrate_(
     try:
         with torch.no_grad():
             if lessons.mixed:
-                for start in range(0, min(most, lessons.samples), batch_size):
-                    index = torch.arange(start, min(start + batch_size, lessons.samples))
+                count = min(most, lessons.samples)
+                # Pieces of nearly equal size: a last one of a single sample would have no variance.
+                for index in torch.tensor_split(torch.arange(count), max(1, count // batch_size)):
                     forward(model, lessons.take(index)[0])
             else:
                 for number in range(min(lessons.samples, 1 + most // batch_size)):

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -115,6 +115,29 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def together(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Write several files and move them into place at the end, so that a full disk leaves what was there before.
+
+    Args:
+        folder: Where the files will be; made if it is not there.
+
+    Yields:
+        An empty folder to write them to. The file named plan.json is taken away first and moved last: a kill in between
+        leaves a folder that is no artifact, never one whose files do not belong together.
+    """
+    staged = folder / ".new"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        (folder / "plan.json").unlink(missing_ok=True)
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == "plan.json"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 class Run:
     """The folder of a run that can be continued.
 
@@ -129,6 +152,7 @@ class Run:
 
     def __init__(self, folder: pathlib.Path | None, recipe: Mapping[str, Any], *, resume: bool) -> None:
         self.folder = folder
+        self._counts: dict[str, int] = {}
         if folder is None:
             return
         recipe = json.loads(json.dumps(recipe))
@@ -145,6 +169,16 @@ class Run:
         (folder / _MARK).touch()
         _clear(folder)
         write_json(start, recipe)
+
+    def opening(self, split: str) -> None:
+        """Count that a split is about to be looked at; the count survives a kill."""
+        counts = self.openings()
+        self._counts = {**counts, split: counts.get(split, 0) + 1}
+        self.put("openings", self._counts)
+
+    def openings(self) -> dict[str, int]:
+        """Return how often each split was looked at, earlier parts of a continued run included."""
+        return dict(self.get("openings") or self._counts)
 
     def path(self, name: str) -> pathlib.Path | None:
         """Return the path of a stage's file, or None if the run is in memory only."""

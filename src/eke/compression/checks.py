@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,7 +57,7 @@ def check_batches(batches: Iterable[Batch], check: Callable[[int, Batch], None] 
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 bad = int((~torch.isfinite(leaf)).sum())
                 raise ValueError(f"Calibration batch {index} holds {bad} values that are not finite: clean the data.")
-        form = describe(pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim else x, batch))
+        form = _form(batch)
         if check is not None and form not in forms and len(forms) < _MOST_FORMS:
             forms.add(form)
             check(index, batch)
@@ -80,14 +81,7 @@ def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward, 
         ValueError: if the model cannot run on the batch, or the loss is no finite scalar.
     """
     with evaluating(model):
-        try:
-            forward(model, batch)
-        except (RuntimeError, TypeError, IndexError, ValueError) as error:
-            wanted = next((p.dtype for p in model.parameters()), None)
-            raise ValueError(
-                f"The model does not run on calibration batch {index}, {describe(batch)} (parameters are {wanted}): "
-                f"{_first_line(error)}. Make the loader yield what the model takes, or pass forward=."
-            ) from error
+        _run_forward(model, batch, forward, where=f"calibration batch {index}")
         value: Any = loss(model, batch)
     if not isinstance(value, Tensor):
         raise TypeError(f"loss(model, batch) must return a scalar tensor, got {type(value).__name__}.")
@@ -96,6 +90,22 @@ def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward, 
             f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean."
         )
     _check_loss(float(value), index)
+
+
+def _run_forward(model: nn.Module, batch: Batch, forward: Forward, *, where: str) -> None:
+    """Call a model on a batch.
+
+    Raises:
+        ValueError: if it cannot run on it; names the batch.
+    """
+    try:
+        forward(model, batch)
+    except (RuntimeError, TypeError, IndexError, ValueError, KeyError, AttributeError) as error:
+        wanted = next((p.dtype for p in model.parameters()), None)
+        raise ValueError(
+            f"The model does not run on {where}, {describe(batch)} (parameters are {wanted}): {_first_line(error)}. "
+            "Make the loader yield what the model takes, or pass forward=."
+        ) from error
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch], *, loss: Loss) -> float:
@@ -144,15 +154,17 @@ def check_report(score: float | Counts, drop: float | None) -> None:
         check_samples(score.total, drop)
 
 
-def check_task(task: Task, drop: float | None) -> None:
-    """Refuse a task whose report split is empty, can be read once only, or is too small to prove the asked drop.
+def check_task(task: Task, drop: float | None, model: nn.Module | None = None) -> None:
+    """Refuse a task whose splits are empty, can be read once only, are too small, or do not fit the model.
 
     Args:
-        task: The splits. Of the report split only the number of samples is looked at.
+        task: The splits. Of the report split only the number of samples is looked at, and whether the model runs.
         drop: Largest allowed drop as a share.
+        model: Called on the first batch of every form of a split, for at most eight forms; None calls nothing. With a
+            score of the user's own, which may call it in another way, a batch that does not fit is a warning.
 
     Raises:
-        ValueError: if a split is an iterator, empty or too small.
+        ValueError: if a split is an iterator, empty or too small, or the model does not run on a batch of it.
     """
     for name in ("selection", "report"):
         split = getattr(task, name)
@@ -161,11 +173,31 @@ def check_task(task: Task, drop: float | None) -> None:
                 f"The {name} split is an iterator ({type(split).__name__}) that is used up after one pass: pass the "
                 "DataLoader itself, or a list."
             )
-        total = sum(count_samples(batch) for batch in split)
+        total, forms = 0, set[str]()
+        for index, batch in enumerate(split):
+            total += count_samples(batch)
+            if model is not None and len(forms) < _MOST_FORMS and (form := _form(batch)) not in forms:
+                forms.add(form)
+                _check_fits(model, batch, task, where=f"{name} batch {index}")
         if total == 0:
             raise ValueError(f"The {name} split gave 0 samples: pass a list or a DataLoader that is not empty.")
         if name == "report" and drop is not None and task.score is accuracy:
             check_samples(total, drop)
+
+
+def _check_fits(model: nn.Module, batch: Batch, task: Task, *, where: str) -> None:
+    """Refuse a batch on which the model does not run; warn where the user's own score may know better.
+
+    Raises:
+        ValueError: if it does not run, and accuracy is to be counted on it.
+    """
+    try:
+        with evaluating(model):
+            _run_forward(model, batch, task.forward, where=where)
+    except ValueError as error:
+        if task.score is accuracy:
+            raise
+        warnings.warn(f"{error} Your own score has to cope with it.", stacklevel=4)
 
 
 def check_samples(total: int, drop: float) -> None:
@@ -197,5 +229,11 @@ def describe(tree: Any) -> str:
     return type(tree).__name__
 
 
+def _form(batch: Batch) -> str:
+    """Return types, dtypes and shapes of a batch without the number of samples."""
+    return describe(pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim else x, batch))
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    line = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {line}" if isinstance(error, (KeyError, AttributeError)) else line

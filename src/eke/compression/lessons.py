@@ -6,6 +6,7 @@ are mixed freely between batches; otherwise (ragged batches) the batches themsel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,14 @@ class Lessons:
     answers: Sequence[Any]
     mixed: bool
     samples: int
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all tensors of the batches, in their order."""
+        found = hashlib.sha256()
+        for leaf in pytree.tree_leaves(list(self.batches)):
+            if isinstance(leaf, Tensor):
+                found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def take(self, index: Tensor) -> tuple[Batch, Any]:
         """Return the batch made of some samples, and the teacher's answers.

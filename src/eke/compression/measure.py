@@ -162,7 +162,8 @@ def drop_between(before: float | Counts, after: float | Counts, *, limit: float 
         Points for counts (hundredths), units of the score otherwise.
     """
     if isinstance(before, Counts) and isinstance(after, Counts):
-        if before.outcomes is not None and after.outcomes is not None and before.total == after.total:
+        same = before.total == after.total and before.order == after.order
+        if before.outcomes is not None and after.outcomes is not None and same:
             difference, interval = paired_outcomes(before.outcomes, after.outcomes)
             method = "paired score interval (Tango)"
         else:
@@ -173,14 +174,8 @@ def drop_between(before: float | Counts, after: float | Counts, *, limit: float 
         points = None if limit is None else 100 * limit
         return Drop(100 * difference, (100 * interval[0], 100 * interval[1]), 0.95, method, proved, points)
     first, second = as_number(before), as_number(after)
-    return Drop(
-        first - second,
-        None,
-        0.95,
-        "no interval for a plain score",
-        False,
-        None if limit is None else limit * abs(first),
-    )
+    allowed = None if limit is None else limit * abs(first)
+    return Drop(first - second, None, 0.95, "no interval for a plain score", False, allowed, unit="")
 
 
 def as_measured(label: str, resources: Mapping[str, float], score: float | Counts | None) -> Measured:

@@ -10,7 +10,7 @@ selection split) the check of the result, and `report` is opened once, at the en
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .deploy import set_memory_format_
 from .job import Job, Progress
 from .lessons import Lessons, collect
 from .measure import Inputs
-from .plan import Plan
+from .plan import InfeasibleError, Plan
 from .recover import Recovery, recover_
 from .result import Result
 from .rounds import Planned, attempts, plan_within
@@ -128,8 +128,32 @@ def compress(
         progress=progress or (lambda stage, share, text: None),
     )
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
+    job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, evaluate))
     with cost.pinned_threads(_work_threads(job, run)):
         return _compressed(job, run, notes=remarks, recipe=dict(recipe or {}), title=title or type(bare).__name__)
+
+
+class _Counted:
+    """Calibration batches whose every pass is counted in the run."""
+
+    def __init__(self, run: Run, batches: Iterable[Batch]) -> None:
+        self.run, self.batches = run, batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.run.opening("calibration")
+        return iter(self.batches)
+
+
+def _counted(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
+    """Return an evaluation on the selection split that is counted in the run."""
+    if evaluate is None:
+        return None
+
+    def counted(model: nn.Module) -> float | Counts:
+        run.opening("selection")
+        return evaluate(model)
+
+    return counted
 
 
 def _compressed(job: Job, run: Run, *, notes: list[str], recipe: dict[str, Any], title: str) -> Result:
@@ -146,7 +170,7 @@ def _compressed(job: Job, run: Run, *, notes: list[str], recipe: dict[str, Any],
         apply.grids_of(space.grids, found.plan.picks),
     )
     scores = {"selection before": selection, "before recovery": early}
-    evidence = verify(job, space, net, blueprint, found=found, scores=scores, notes=notes)
+    evidence = verify(job, space, net, blueprint, found=found, run=run, scores=scores, notes=notes)
     return Result(net, found.plan, job.budget, blueprint, evidence, recipe, title)
 
 
@@ -168,14 +192,34 @@ def _work_threads(job: Job, run: Run) -> int:
 
 
 def _settled(job: Job, space: Space, run: Run, selection: float | Counts) -> tuple[Planned, nn.Module, float | Counts]:
-    """Return the plan that was carried out, its recovered net, and the score that the net had before recovery."""
-    lessons = _lessons(job)
+    """Carry out the first plan that keeps what was asked.
+
+    Returns:
+        The plan, its recovered net, and the score that the net had before recovery.
+
+    Raises:
+        InfeasibleError: if no plan keeps the limits that were asked for.
+        ValueError: if nothing can be saved at all.
+    """
+    lessons = _lessons(job, run)
+    settled = None
     for number, limits in enumerate(attempts(job.budget, space.before)):
-        found = plan_within(job, space, run, limits=limits, stage=f"plan-{number}")
+        try:
+            found = plan_within(job, space, run, limits=limits, stage=f"plan-{number}")
+        except InfeasibleError:
+            if job.budget.limited:
+                raise
+            continue
         net, early = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
+        settled = found, net, early
         if job.budget.limited or _kept(job, selection, job.score(net, of="the compressed model")):
             break
-    return found, net, early
+    if settled is None:
+        raise ValueError(
+            f"No plan for {type(job.model).__name__} saves anything worth the name: not even 0.6 of its bytes. Allow "
+            f"more structures, or fewer modules in skip={list(job.skip)}."
+        )
+    return settled
 
 
 def _kept(job: Job, before: float | Counts, after: float | Counts) -> bool:
@@ -227,9 +271,26 @@ def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _lessons(job: Job) -> Lessons:
+def _lessons(job: Job, run: Run) -> Lessons:
+    """Gather the samples and the original's answers; a continued run must get the very same samples.
+
+    Returns:
+        The lessons.
+
+    Raises:
+        ValueError: if the samples are not those of the run that is continued.
+    """
     job.progress("recover", 0.0, "the original's answers")
-    return collect(job.model, job.batches, forward=job.forward)
+    lessons = collect(job.model, job.batches, forward=job.forward)
+    digest = lessons.digest()
+    known = run.get("lessons")
+    if known not in (None, digest):
+        raise ValueError(
+            f"The calibration batches differ from those of the run that is continued ({digest[:12]} instead of "
+            f"{str(known)[:12]}): use shuffle=False and no random augmentation, or start again without resume."
+        )
+    run.put("lessons", digest)
+    return lessons
 
 
 def _recovered(

@@ -6,7 +6,7 @@ import datetime
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from torch import nn
@@ -28,7 +28,7 @@ from ..report import (
 )
 from .artifact import Blueprint, save
 from .budget import RESOURCES, Budget, show
-from .checkpoint import write_bytes
+from .checkpoint import together, write_bytes
 from .measure import as_measured, as_score, drop_between
 from .plan import Plan
 
@@ -57,7 +57,8 @@ class Evidence:
         notes: Remarks for readers.
         warnings: What readers must know.
         environment: Machine and versions.
-        lossless: Seconds of the variants that cost no quality.
+        lossless: Seconds and bytes of the untouched net, folded, in the result's memory format.
+        threads: Threads with which the scores were computed.
     """
 
     before: Mapping[str, float]
@@ -71,6 +72,7 @@ class Evidence:
     warnings: tuple[str, ...]
     environment: Mapping[str, str]
     lossless: Mapping[str, float]
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,12 @@ class Result:
             else {"value": score}
         )
         decisions = [{"site": line.site, "change": line.change} for line in self.evidence.plan]
-        save(folder, self.model, self.blueprint, decisions=decisions, checks={"selection": selection})
-        text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
-        write_bytes(folder / "recipe.yaml", text.encode())
-        write_report(folder, self.document(verified=verified))
+        checks = {"selection": selection, "threads": self.evidence.threads}
+        with together(folder) as staged:
+            save(staged, self.model, self.blueprint, decisions=decisions, checks=checks)
+            text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
+            write_bytes(staged / "recipe.yaml", text.encode())
+            write_report(staged, self.document(verified=verified))
         return folder
 
 
@@ -214,7 +218,8 @@ def _sentence(result: Result, lines: Sequence[BudgetLine], *, verified: bool) ->
     faster = f"{speed.ratio:.2f}x faster" if speed.claimed else "no speed-up that could be claimed"
     drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=result.budget.drop)
     unit = "points" if isinstance(evidence.scores["before"], Counts) else "of the score"
-    change = f"{abs(drop.points):.2f} {unit} {'lost' if drop.points > 0 else 'gained'}"
+    lost = f"{abs(drop.points):.2f}" if unit == "points" else f"{abs(drop.points):.3g}"
+    change = f"{lost} {unit} {'lost' if drop.points > 0 else 'gained'}"
     missed = [line.name for line in lines if not line.met]
     over = f" Over the limit: {', '.join(missed)}." if missed else ""
     first = f"{faster}, file {smaller:.1f}x smaller, {change}."
@@ -237,54 +242,24 @@ def document(result: Result, *, verified: bool) -> Document:
     control = Control(
         "original, folded",
         "The untouched network with what costs no quality: batch normalisation folded, memory format as in the result.",
-        before.score,
+        as_score(evidence.scores["folded"]),
         speedup=evidence.speedups[1] if len(evidence.speedups) > 1 else None,
         bytes=round(evidence.lossless["size"]) if "size" in evidence.lossless else None,
         milliseconds=1e3 * folded if folded is not None else None,
     )
-    recovery = evidence.scores.get("before recovery")
     points = [
-        FrontPoint(
-            "original",
-            "original",
-            before.score.value if before.score else None,
-            before.score.interval if before.score else None,
-            before.bytes,
-            before.milliseconds,
-            before.flops,
-        ),
-        FrontPoint(
-            "compressed",
-            "chosen",
-            after.score.value if after.score else None,
-            after.score.interval if after.score else None,
-            after.bytes,
-            after.milliseconds,
-            after.flops,
-        ),
-        FrontPoint(
+        _point("original", "original", before),
+        _point("compressed", "chosen", after),
+        _point(
             "original, folded",
             "control",
-            before.score.value if before.score else None,
-            before.score.interval if before.score else None,
-            control.bytes,
-            control.milliseconds,
-            before.flops,
+            replace(before, score=control.score, bytes=control.bytes, milliseconds=control.milliseconds),
         ),
     ]
+    recovery = evidence.scores.get("before recovery")
     if recovery is not None:
-        score = as_score(recovery)
-        points.append(
-            FrontPoint(
-                "compressed, before recovery (selection split)",
-                "plan",
-                score.value,
-                score.interval,
-                after.bytes,
-                after.milliseconds,
-                after.flops,
-            )
-        )
+        early = replace(after, score=as_score(recovery))
+        points.append(_point("compressed, before recovery (selection split)", "plan", early))
     return Document(
         kind="compress",
         title=result.title,
@@ -305,6 +280,19 @@ def document(result: Result, *, verified: bool) -> Document:
         warnings=evidence.warnings,
         environment=dict(evidence.environment),
         recipe=yaml.safe_dump(dict(result.recipe), sort_keys=False) if result.recipe else None,
+    )
+
+
+def _point(label: str, kind: Literal["original", "chosen", "control", "plan"], measured: Measured) -> FrontPoint:
+    score = measured.score
+    return FrontPoint(
+        label,
+        kind,
+        score.value if score else None,
+        score.interval if score else None,
+        measured.bytes,
+        measured.milliseconds,
+        measured.flops,
     )
 
 

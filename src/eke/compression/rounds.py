@@ -110,13 +110,14 @@ def attempts(budget: Budget, before: Mapping[str, float]) -> list[dict[str, floa
 
     Returns:
         The limits themselves if a cost is limited. With a limit on the drop alone, less and less is asked for: half of
-        the time and a quarter of the bytes first.
+        the time and a quarter of the bytes first, fewer bytes alone at last.
     """
     found = {name: budget.limit(name, before=before[name]) for name in budget.limited}
     limits = {name: limit for name, limit in found.items() if limit is not None}
     if limits:
         return [limits]
-    return [{"latency": share * before["latency"], "size": 0.5 * share * before["size"]} for share in (0.5, 0.7, 0.9)]
+    both = [{"latency": share * before["latency"], "size": 0.5 * share * before["size"]} for share in (0.5, 0.7, 0.9)]
+    return [*both, *({"size": share * before["size"]} for share in (0.3, 0.6))]
 
 
 def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:

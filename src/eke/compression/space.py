@@ -19,6 +19,9 @@ from .job import Job
 from .plan import Term
 from .task import evaluating
 
+STATISTICS = 1024
+"""Most samples from which statistics are estimated."""
+
 
 @dataclass(frozen=True)
 class Space:
@@ -57,7 +60,13 @@ def explore(job: Job, run: Run) -> Space:
         curvature = Curvature.load(path)
     else:
         curvature = Curvature.estimate(
-            job.model, job.loss, job.batches, sites=sites, max_samples=1024, max_locations=49, corrected_samples=128
+            job.model,
+            job.loss,
+            job.batches,
+            sites=sites,
+            max_samples=STATISTICS,
+            max_locations=49,
+            corrected_samples=128,
         )
         if path is not None:
             curvature.save(path)

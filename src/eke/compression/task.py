@@ -9,6 +9,7 @@ whose entry `labels` (or `label`) holds the targets. Anything else works with an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,19 +166,25 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
         Counts with the outcome of every sample.
 
     Raises:
-        ValueError: if there is no batch or a logit is not a number.
+        ValueError: if there is no batch, a logit is not a number, or logits are not (batch, classes).
     """
-    outcomes = []
+    outcomes, order = [], hashlib.sha256()
     with evaluating(model):
         for index, batch in enumerate(batches):
             logits = logits_of(forward(model, batch))
             if bool(torch.isnan(logits).any()):
                 raise ValueError(f"Batch {index} of the evaluation gave {int(torch.isnan(logits).sum())} NaN logits.")
+            if logits.ndim != 2:
+                raise ValueError(
+                    f"accuracy counts samples with logits (batch, classes), got {tuple(logits.shape)} in batch {index}: "
+                    "pass your own score=, where each sample counts once."
+                )
+            order.update(_with_targets(batch).detach().cpu().contiguous().numpy().tobytes())
             outcomes.append((logits.argmax(1) == _with_targets(batch)).flatten())
     if not outcomes:
         raise ValueError("The evaluation got 0 batches: pass a list or a DataLoader, not an iterator that is used up.")
     right = torch.cat(outcomes)
-    return Counts(int(right.sum()), right.numel(), right)
+    return Counts(int(right.sum()), right.numel(), right, order.hexdigest())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from .. import cost
@@ -13,12 +15,13 @@ from ..sites import find
 from ..structures import UniformGrid
 from . import apply, measure
 from .artifact import Blueprint
+from .checkpoint import Run
 from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
 from .result import Evidence
 from .rounds import Planned
-from .space import Space
+from .space import STATISTICS, Space
 from .task import evaluating
 
 
@@ -29,6 +32,7 @@ def verify(
     blueprint: Blueprint,
     *,
     found: Planned,
+    run: Run,
     scores: Mapping[str, float | Counts],
     notes: Sequence[str],
 ) -> Evidence:
@@ -40,6 +44,7 @@ def verify(
         net: The result, deployed.
         blueprint: What was done to the architecture.
         found: What was chosen, and how.
+        run: Counts how often the splits are opened, and keeps the report split's scores once they are known.
         scores: Scores so far, by label.
         notes: Remarks so far.
 
@@ -55,34 +60,25 @@ def verify(
         job.model, apply.surgery(space.widths, {}), folded=space.folded, memory_format=space.memory_format
     )
     batch = measure.batch_size(job.inputs)
+    rivals = {"the original": job.model, "the original, folded, in the same memory format": base}
+    compared = {}
     with evaluating(job.model):
-        speedups = []
-        for against, rival in (("the original", job.model), ("the original, folded, in the same memory format", base)):
-            compared = cost.compare_latency(
+        for against, rival in rivals.items():
+            compared[against] = cost.compare_latency(
                 measure.runner(rival, job.inputs),
                 measure.runner(net, job.inputs),
                 seconds=job.seconds,
                 threads=job.threads,
                 seed=job.seed,
             )
-            speedups.append(
-                Speedup(
-                    compared.ratio,
-                    compared.interval,
-                    compared.confidence,
-                    compared.faster,
-                    compared.threads,
-                    batch,
-                    against,
-                )
-            )
-    after["latency"] = space.before["latency"] / speedups[0].ratio
-    job.progress("verify", 0.7, "opening the report split")
-    if job.report is not None:
-        scores["before"] = measure.evaluate_on(job.model, job.report, of="the original model on the report split")
-        scores["after"] = measure.evaluate_on(net, job.report, of="the compressed model on the report split")
-    else:
-        scores["before"], scores["after"] = scores["selection before"], scores["selection after"]
+    speedups = [
+        Speedup(c.ratio, c.interval, c.confidence, c.faster, c.threads, batch, against)
+        for against, c in compared.items()
+    ]
+    first, second = compared.values()
+    before = {**space.before, "latency": first.a.lower_quartile}
+    after["latency"] = before["latency"] / first.ratio
+    scores |= _reported(job, run, {"before": job.model, "after": net, "folded": base}, scores)
     warnings = []
     needed = samples_to_prove(job.budget.drop) if job.budget.drop is not None else 0
     total = scores["after"].total if isinstance(scores["after"], Counts) else None
@@ -90,21 +86,60 @@ def verify(
         warnings.append(
             f"{total} report samples cannot prove a drop of at most {job.budget.max_drop}: {needed} are needed."
         )
-    lossless = {**space.lossless, "size": float(cost.model_bytes(base))}
+    lossless = {"seconds": second.a.lower_quartile, "size": float(cost.model_bytes(base))}
     job.progress("verify", 1.0, "done")
     return Evidence(
-        before=space.before,
+        before=before,
         after=after,
         scores=scores,
         speedups=tuple(speedups),
         plan=_plan_lines(job, space, net, found.plan),
         rounds=found.rounds,
-        splits=_splits(job, scores),
+        splits=_splits(job, scores, run.openings()),
         notes=tuple(notes),
         warnings=tuple(warnings),
         environment=_environment(job, space),
         lossless=lossless,
+        threads=torch.get_num_threads(),
     )
+
+
+def _reported(
+    job: Job, run: Run, models: Mapping[str, nn.Module], scores: Mapping[str, float | Counts]
+) -> dict[str, float | Counts]:
+    """Return all scores on the report split, opened once for all; a continued run does not open it again."""
+    if job.report is None:
+        before = scores["selection before"]
+        return {"before": before, "after": scores["selection after"], "folded": before}
+    stored = run.get("report")
+    if stored is None:
+        job.progress("verify", 0.7, "opening the report split")
+        run.opening("report")
+        names = {
+            "before": "the original model",
+            "after": "the compressed model",
+            "folded": "the original model, folded",
+        }
+        found = {
+            label: measure.evaluate_on(model, job.report, of=f"{names[label]} on the report split")
+            for label, model in models.items()
+        }
+        stored = run.put("report", {label: _plain(score) for label, score in found.items()})
+    return {label: _score(value) for label, value in stored.items()}
+
+
+def _plain(score: float | Counts) -> float | dict[str, Any]:
+    if not isinstance(score, Counts):
+        return score
+    outcomes = None if score.outcomes is None else [int(right) for right in score.outcomes]
+    return {"correct": score.correct, "total": score.total, "outcomes": outcomes, "order": score.order}
+
+
+def _score(value: float | dict[str, Any]) -> float | Counts:
+    if not isinstance(value, dict):
+        return value
+    outcomes = None if value["outcomes"] is None else torch.tensor(value["outcomes"], dtype=torch.bool)
+    return Counts(value["correct"], value["total"], outcomes, value["order"])
 
 
 def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[PlanLine, ...]:
@@ -142,17 +177,17 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
     return tuple(lines)
 
 
-def _splits(job: Job, scores: Mapping[str, float | Counts]) -> tuple[Split, ...]:
+def _splits(job: Job, scores: Mapping[str, float | Counts], openings: Mapping[str, int]) -> tuple[Split, ...]:
     def total(label: str) -> int | None:
         score = scores[label]
         return score.total if isinstance(score, Counts) else None
 
-    found = [Split("calibration", job.samples, 3, "statistics, the original's answers, recovery")]
-    if job.evaluate is not None:
-        found.append(Split("selection", total("selection after"), 3, "check of the plan and of the result"))
-    if job.report is not None:
-        found.append(Split("report", total("after"), 1, "the published scores, of original and result together"))
-    return tuple(found)
+    uses = {
+        "calibration": (job.samples, f"statistics (at most {STATISTICS} samples), the original's answers, recovery"),
+        "selection": (total("selection after"), "checks of the original, the cut and the recovered model"),
+        "report": (total("after"), "the published scores, of original and result together"),
+    }
+    return tuple(Split(name, *uses[name][:1], openings[name], uses[name][1]) for name in uses if name in openings)
 
 
 def _environment(job: Job, space: Space) -> dict[str, str]:

@@ -101,6 +101,7 @@ class Drop:
         method: How the interval was made, such as "paired bootstrap".
         proved: Whether the whole interval lies within `limit`: a statistical statement, and shown as one.
         limit: The largest drop that was allowed, in points.
+        unit: "points" for shares, "" for a score with a unit of its own; then all numbers here are in that.
     """
 
     points: float
@@ -109,6 +110,7 @@ class Drop:
     method: str = ""
     proved: bool = False
     limit: float | None = None
+    unit: str = "points"
 
 
 @dataclass(frozen=True)

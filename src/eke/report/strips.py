@@ -37,8 +37,8 @@ def drop_plot(drop: Drop) -> Markup:
     reach = [0.0, *ends, drop.points] + ([limit * 1.3] if limit is not None else [])
     scale = fit(reach, 8, 752, log=False, pad=0.1)
     middle, base = 58, 96
-    shown = f"{wording.points(drop.points)} points, {wording.drop_detail(drop)}"
-    told = shown + (f"; the limit is {wording.points(limit)} points" if limit is not None else "")
+    shown = f"{wording.difference(drop.points, drop.unit)}, {wording.drop_detail(drop)}"
+    told = shown + (f"; the limit is {wording.difference(limit, drop.unit)}" if limit is not None else "")
     attributes, title, description = picture("drop", "Drop in quality with its interval", told)
     parts: list[Markup] = [title, description]
     if limit is not None:
@@ -49,7 +49,10 @@ def drop_plot(drop: Drop) -> Markup:
         parts += [
             h("rect", {"x": at, "y": 30, "width": round(752 - at, 1), "height": base - 30, "fill": "url(#hatch)"})
         ]
-        parts += [line(at, 22, at, base, "limit"), label(at, 15, f"limit {wording.points(limit)}", "strong")]
+        parts += [
+            line(at, 22, at, base, "limit"),
+            label(at, 15, f"limit {wording.difference(limit, drop.unit).removesuffix(' points')}", "strong"),
+        ]
     for value in scale.ticks(6):
         parts += [line(scale.at(value), base, scale.at(value), base + 6, "axis")]
         parts += [label(scale.at(value), base + 22, wording.brief(value), "tick")]

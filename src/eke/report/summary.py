@@ -184,7 +184,7 @@ def _drop(document: Document) -> Markup | None:
     d = document.drop
     if d is None:
         return None
-    title = h("h3", {}, f"Drop: {wording.points(d.points)} points, {wording.drop_detail(d)}")
+    title = h("h3", {}, f"Drop: {wording.difference(d.points, d.unit)}, {wording.drop_detail(d)}")
     return join([title, h("figure", {}, drop_plot(d), h("figcaption", {}, _drop_said(d)))])
 
 
@@ -192,7 +192,7 @@ def _drop_said(d: Drop) -> Markup:
     """Return what may be said about a drop, and no more."""
     if d.limit is None:
         return join(["The ", word("measured"), " drop; no limit was asked."])
-    limit, sure = f"the limit of {wording.points(d.limit)} points", wording.level(d.confidence)
+    limit, sure = f"the limit of {wording.difference(d.limit, d.unit)}", wording.level(d.confidence)
     if d.proved:
         said = f"The whole interval lies within {limit}: that the drop is no larger is "
         return join([said, word("statistical"), f" and holds with {sure}."])

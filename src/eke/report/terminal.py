@@ -38,7 +38,8 @@ def render(document: Document, console: Console) -> None:
             f"  {wording.ratio(speedup.ratio)} {claim}: {wording.speed_detail(speedup)}, against {speedup.against}",
         )
     if document.drop is not None:
-        _say(console, f"  drop {wording.points(document.drop.points)} points: {wording.drop_detail(document.drop)}")
+        lost = wording.difference(document.drop.points, document.drop.unit)
+        _say(console, f"  drop {lost}: {wording.drop_detail(document.drop)}")
     if document.budget:
         console.print(_budget(document))
     if document.sites:

@@ -90,6 +90,11 @@ def points(value: float) -> str:
     return f"{value:.2f}".replace("-", "\u2212")
 
 
+def difference(value: float, unit: str) -> str:
+    """Return a difference in points, or with three significant digits in a score's own unit."""
+    return f"{points(value)} points" if unit == "points" else f"{value:.3g} {unit}".replace("-", "\u2212").strip()
+
+
 def ratio(value: float) -> str:
     """Return a ratio with the times sign, two decimals where three significant digits would be more."""
     return f"{value:.2f}\u00d7" if 0.1 <= abs(value) < 10 else f"{number(value)}\u00d7"
