@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eke import Budget, Counts, compress
 from eke.compression import Task, cross_entropy
-from eke.compression.checks import check_batches, check_report, count_samples, describe
+from eke.compression.checks import check_batches, check_report, check_runs, check_task, count_samples, describe
 from eke.compression.task import accuracy, evaluating, logits_of, split_batch
 
 from .nets import STEPS, batches, same, samples, state, tiny_task
@@ -295,3 +295,51 @@ def test_evaluating_restores_every_flag_even_after_an_error():
         stop_inside()
     assert [m.training for m in model.modules()] == flags
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("split", ["selection", "report"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.double(), r"\(float64 \(32, 3, 8, 8\), int64 \(32,\)\) \(parameters are torch\.float32\)"),
+        (lambda x: x[:, :2], r"\(float32 \(32, 2, 8, 8\), .*3 channels"),
+        (lambda x: {"wrong": x}, r"\(\{wrong: float32 \(32, 3, 8, 8\)\}"),
+    ],
+)
+def test_a_later_batch_of_a_split_that_does_not_fit_is_named(taught, split, change, words):
+    parts = {"calibration": batches(), "selection": batches(), "report": batches()}
+    parts[split][3] = (change(parts[split][3][0]), parts[split][3][1])
+    flags = [module.training for module in taught.modules()]
+    with pytest.raises(ValueError, match=rf"The model does not run on {split} batch 3, {words}"):
+        check_task(Task(**parts), None, taught)
+    assert [module.training for module in taught.modules()] == flags
+    check_task(Task(**parts), None)
+
+
+def test_a_score_of_ones_own_may_call_the_model_in_another_way(taught):
+    report = [(x, y, y) for x, y in batches()]
+    with pytest.warns(UserWarning, match=r"does not run on report batch 0, .*Your own score has to cope with it"):
+        check_task(Task(batches(), batches(), report, score=lambda model, data: 0.5), None, taught)
+
+
+def test_the_model_runs_once_for_a_form(taught):
+    seen = []
+
+    def forward(model, batch):
+        seen.append(tuple(batch[0].shape))
+        return model(batch[0])
+
+    many = [(torch.ones(2, 3, 8, 8 + size), torch.zeros(2, dtype=torch.long)) for size in range(12)]
+    check_task(Task(batches(), batches(70, size=32), many, forward=forward), None, taught)
+    assert seen == [(32, 3, 8, 8), *((2, 3, 8, 8 + size) for size in range(8))]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(KeyError("mask"), "KeyError: 'mask'"), (AttributeError("no x"), "AttributeError: no x")]
+)
+def test_a_missing_key_or_attribute_names_the_batch(taught, error, words):
+    def forward(model, batch):
+        raise error
+
+    with pytest.raises(ValueError, match=rf"does not run on calibration batch 4, .*: {words}\. Make the loader"):
+        check_runs(taught, batches()[0], loss=cross_entropy, forward=forward, index=4)

@@ -162,7 +162,8 @@ def test_what_was_measured_before_an_interrupt_is_not_measured_again(quick, mode
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     again = run(model, folder=tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run" / "costs.json").read_text()) == costs
-    assert again.evidence.before == first.evidence.before
+    exact = {name: value for name, value in first.evidence.before.items() if name != "latency"}
+    assert exact.items() <= again.evidence.before.items()
     assert again.plan.picks == first.plan.picks
 
 
@@ -210,12 +211,13 @@ def plain(model, evaluate=None, report=None, **options):
     )  # fmt: skip
 
 
-def test_the_report_split_is_opened_for_the_original_and_the_result_alone(quick, model):
+def test_the_report_split_is_opened_once_for_original_result_and_folded_original(quick, model):
     selection, report = Counting(batches(128, seed=2)), Counting(batches(160, seed=3))
     result = plain(model, selection, report)
-    assert len(report.seen) == 2
-    assert same(report.seen[0], state(model))
-    assert same(report.seen[1], state(result.model))
+    original, compressed, folded = report.seen
+    assert same(original, state(model))
+    assert same(compressed, state(result.model))
+    assert "bn1.weight" not in folded
     assert len(selection.seen) >= 2
     assert {split.name: split.opened for split in result.evidence.splits}["report"] == 1
 

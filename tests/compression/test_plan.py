@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from eke.compression import plan as planning
 from eke.compression.plan import Choice, InfeasibleError, Term, choose, total
@@ -157,13 +158,13 @@ def test_one_plan_solves_forty_decisions_with_pairs():
 
 
 def test_standard_output_stays_clean_while_solving(capfd, monkeypatch):
-    solve = planning.milp
+    solve = scipy.optimize.milp
 
     def noisy(*arguments, **options):
         os.write(1, b"noise of a native library\n")
         return solve(*arguments, **{**options, "options": {**options["options"], "disp": True}})
 
-    monkeypatch.setattr(planning, "milp", noisy)
+    monkeypatch.setattr(scipy.optimize, "milp", noisy)
     choices, terms = factor_graph(0)
     choose(choices, terms, limits={"size": 1e3})
     out, err = capfd.readouterr()
@@ -177,7 +178,7 @@ def test_standard_output_is_restored_after_an_error(capfd, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("solver broke")
 
-    monkeypatch.setattr(planning, "milp", broken)
+    monkeypatch.setattr(scipy.optimize, "milp", broken)
     choices, terms = factor_graph(0)
     with pytest.raises(RuntimeError, match="solver broke"):
         choose(choices, terms, limits={"size": 1e3})
