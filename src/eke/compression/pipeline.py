@@ -104,7 +104,7 @@ def compress(
     if isinstance(batches, Task):
         evaluate = evaluate or (lambda net: task.score(net, task.selection))
         report = report or (lambda net: task.score(net, task.report))
-        check_task(task, budget.drop)
+        check_task(task, budget.drop, bare)
     samples, first = check_batches(
         task.calibration,
         lambda index, batch: check_runs(bare, batch, loss=task.loss, forward=task.forward, index=index),
