@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,13 +118,47 @@ def test_verified_demo_is_a_success_even_over_budget(bootstrap, monkeypatch, cod
 
     def fake(command):
         seen.append(command)
-        return subprocess.CompletedProcess(command, code)
+        return code
 
-    monkeypatch.setattr(bootstrap.subprocess, "run", fake)
+    monkeypatch.setattr(bootstrap, "wait_for", fake)
     assert bootstrap.demo(["--out", "there", "--seed", "1"]) == returned
     assert bootstrap.demo([]) == returned
     assert seen[0][1:] == ["compress", "--task", "demo", "--out", "there", "--seed", "1"]
     assert seen[1][1:] == ["compress", "--task", "demo", "--out", "eke-demo"]
+
+
+def test_interrupted_demo_says_how_to_go_on(bootstrap, monkeypatch, capsys):
+    monkeypatch.setattr(bootstrap, "wait_for", lambda command: 130)
+    assert bootstrap.demo([]) == 130
+    assert capsys.readouterr().out == "Continue with: ./try --resume\n"
+    assert bootstrap.demo(["--resume", "--out", "my folder"]) == 130
+    assert capsys.readouterr().out == "Continue with: ./try --out 'my folder' --resume\n"
+
+
+SLOW_TO_STOP = """
+import sys, time
+try:
+    print("ready", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("continue with: this", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_interrupted_child_has_the_time_to_say_how_to_go_on():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import bootstrap; "
+        f"sys.exit(bootstrap.wait_for([sys.executable, '-c', {SLOW_TO_STOP!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read() == "continue with: this\n"
+    assert process.returncode == 130
 
 
 def test_failed_command_says_what_to_do(bootstrap):

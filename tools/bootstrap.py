@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -211,8 +213,25 @@ def demo(arguments: list[str]) -> int:
     """Run the demo; a verified run that missed its budget is a finished run."""
     output_folder = [] if any(a == "--out" or a.startswith("--out=") for a in arguments) else ["--out", "eke-demo"]
     command = [str(VENV / "bin" / "eke"), "compress", "--task", "demo", *output_folder, *arguments]
-    code = subprocess.run(command).returncode
+    code = wait_for(command)
+    if code == 130:
+        again = [*(a for a in arguments if a != "--resume"), "--resume"]
+        say(f"Continue with: ./try {shlex.join(again)}")
     return 0 if code in (0, 3) else code
+
+
+def wait_for(command: list[str]) -> int:
+    """Run a command to its end and return its exit code.
+
+    Ctrl-C reaches it too: it is left the time to say how to go on, where `subprocess.run` would kill it.
+    """
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            continue
+        return 130 if code == -signal.SIGINT else code
 
 
 def tests(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from eke.cli import compress as verb
+from eke.compression import Recovery
 from eke.report import Document
 
 from .conftest import EASY, HARD, QUICK, SOURCE
@@ -51,7 +52,7 @@ def test_the_recipe_is_complete_and_repeats_the_run(eke, finished, tmp_path, tru
     assert (recipe["model"], recipe["data"]) == ("cli_tiny_model.py:build", "cli_tiny_data.py:task")
     assert recipe["budget"] == {"max_drop": "90%", "size": "0.9x"}
     assert recipe["recovery"]["steps"] == 2
-    assert recipe["recovery"]["batch_size"] == 128
+    assert recipe["recovery"]["batch_size"] == Recovery().batch_size
     assert "eke compress --recipe recipe.yaml" in (finished / "report.html").read_text()
     eke("compress", "--recipe", finished / "recipe.yaml", "--out", tmp_path / "again")
     assert digest(tmp_path / "again") == digest(finished)
@@ -157,6 +158,20 @@ def test_starting_anew_over_an_unfinished_run_is_said(tmp_path, capsys):
     assert "holds an unfinished run: starting anew (--resume continues it)" in capsys.readouterr().err
     verb.check_folder(tmp_path, resume=True)
     assert capsys.readouterr().err == ""
+
+
+def test_resuming_what_was_never_started_says_that_it_starts(eke, tmp_path, monkeypatch):
+    def stop(wanted, folder, *, resume, base):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "_run", stop)
+    words = ["compress", *SOURCE, *EASY, "--out", tmp_path / "r"]
+    said = f"nothing to continue in {tmp_path / 'r'}: starting"
+    assert said in eke(*words, "--resume", code=130).stderr
+    assert said not in eke(*words, code=130).stderr
+    (tmp_path / "r" / ".run").mkdir(parents=True)
+    (tmp_path / "r" / ".run" / "recipe.json").write_text("{}")
+    assert said not in eke(*words, "--resume", code=130).stderr
 
 
 def test_the_demo_has_limits_of_its_own(eke, tmp_path, monkeypatch):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+from eke.cli import gate as verb
+
 from .conftest import SOURCE
+from .test_verify import opened
 
 QUICK = ["--seconds", "0.05", "--threads", "1"]
 
@@ -73,3 +76,18 @@ def test_what_cannot_be_meant(eke):
     assert "name none: add --data" in eke("gate", SOURCE[0], SOURCE[0], code=2).stderr
     told = eke("gate", SOURCE[0], SOURCE[0], "--data", SOURCE[2], "--max-drop", "much", code=2).stderr
     assert "--max-drop could not be read: 'much'" in told
+
+
+def test_opening_the_report_split_is_counted_once_in_each_result(eke, result, monkeypatch):
+    before = opened(result)
+    eke("gate", SOURCE[0], result, "--max-drop", "99%", *QUICK)
+    assert opened(result) == before + 1
+    eke("gate", result, result, "--max-drop", "99%", *QUICK)
+    assert opened(result) == before + 2
+
+    def refuse(folder, task):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(verb, "count_opening", refuse)
+    told = eke("gate", SOURCE[0], result, "--max-drop", "99%", *QUICK).stderr
+    assert "warning: That the report split was opened could not be counted: read-only" in told

@@ -53,7 +53,7 @@ def test_command_round_trip(recipe, eke, monkeypatch):
     line = recipes.command(recipe, "some folder", resume=True)
     told = eke(*shlex.split(line)[1:], code=130).stderr
     assert seen == [(recipe, "some folder", True)]
-    assert told == f"interrupted; continue with: {line}\n"
+    assert told == f"nothing to continue in some folder: starting\ninterrupted; continue with: {line}\n"
 
 
 def test_settings_change_one_entry_and_flags_have_the_last_word(eke, monkeypatch, tmp_path):
@@ -130,3 +130,27 @@ def test_a_file_that_is_not_there_or_no_yaml_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UsageError, match="is not valid YAML"):
         recipes.read(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("recovery.learning_rate=1e-3", 1e-3), ("recovery.learning_rate='0.5'", 0.5), ("recovery.steps=1e2", 100)],
+)
+def test_numbers_that_yaml_reads_as_text_are_numbers(setting, value):
+    found = recipes.build(recipes.assigned({}, [setting]), where="it").recovery
+    assert list(found.values()) == [value]
+    assert type(next(iter(found.values()))) is type(value)
+
+
+@pytest.mark.parametrize("text", ["fast", "nan", "1e999"])
+def test_other_text_is_no_number(text):
+    with pytest.raises(UsageError, match=f"it: recovery.steps must be a whole number or a number, got '{text}'"):
+        recipes.build(recipes.assigned({}, [f"recovery.steps={text}"]), where="it")
+
+
+def test_a_recipe_must_be_a_mapping(eke, tmp_path):
+    (tmp_path / "r.yaml").write_text("foo")
+    told = eke("compress", "--recipe", tmp_path / "r.yaml", "--size", "0.5x", "--out", tmp_path / "r", code=2).stderr
+    assert told == f"error: {tmp_path}/r.yaml must be a mapping (lines of 'key: value'), got str 'foo'.\n"
+    with pytest.raises(UsageError, match=r"The recipe: budget must be a mapping .*, got str 'foo'"):
+        recipes.assigned({"budget": "foo"}, ["budget.size=0.5x"])

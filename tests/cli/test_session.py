@@ -22,6 +22,7 @@ from eke.compression import InfeasibleError
         (MissingExtraError("install it"), 1, "error: install it"),
         (OSError(28, "No space left on device", "model.safetensors"), 1, "error: model.safetensors: No space left"),
         (OSError("could not be written"), 1, "error: could not be written"),
+        (FloatingPointError("the loss is nan in step 3"), 1, "error: the loss is nan in step 3"),
         (UsageError("what?"), 2, "error: what?"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Interrupted("interrupted; continue with: x"), 130, "interrupted; continue with: x"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
+from eke import cost
 from eke.cli.verify import compare_scores
 from eke.report import Document
 
@@ -95,3 +97,18 @@ COUNTS = {"value": 0.5, "correct": 50, "total": 100}
 )
 def test_scores_are_compared_with_their_own_kind(recorded, found, same):
     assert compare_scores("selection", recorded, found).same is same
+
+
+@pytest.mark.parametrize(("recorded", "wanted"), [(3, 3), (None, 1)])
+def test_it_is_checked_with_the_recorded_number_of_threads(eke, result, monkeypatch, recorded, wanted):
+    edit(result, lambda checks: checks.update(threads=recorded))
+    pinned = []
+
+    @contextlib.contextmanager
+    def pin(threads):
+        pinned.append(threads)
+        yield threads
+
+    monkeypatch.setattr(cost, "pinned_threads", pin)
+    eke("verify", result)
+    assert pinned == [wanted]

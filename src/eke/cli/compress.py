@@ -105,7 +105,7 @@ def compress(
     if as_json:
         emit(json.loads(document.to_json()))
     else:
-        draw(document)
+        draw(document, notes=True)
         typer.echo(str(out / "report.html"))
     leave(FAILED if not document.verdict.verified else NOT_MET if document.verdict.met is False else MET)
 

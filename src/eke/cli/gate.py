@@ -156,9 +156,9 @@ def compared(
     from ..compression.measure import as_score, drop_between, evaluate_on
     from ..report import BudgetLine, Document, Measured, Speedup, Verdict
 
+    old, new = sides
     check_task(task, limit, old.model)
     _, batch = check_batches(task.calibration)
-    old, new = sides
 
     def score(side: Side) -> float | Counts:
         return evaluate_on(side.model, lambda net: task.score(net, task.report), of=side.name)

@@ -44,6 +44,6 @@ def report(
     if as_json:
         emit(json.loads(document.to_json()))
     elif page is None:
-        draw(document)
+        draw(document, notes=True)
     else:
         typer.echo(str(page))

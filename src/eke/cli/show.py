@@ -20,8 +20,19 @@ def console() -> Console:
     return screen if screen.is_terminal else Console(highlight=False, width=_ENDLESS)
 
 
-def draw(document: Document) -> None:
-    """Print a report; its last line is the verdict."""
-    from ..report import terminal
+def draw(document: Document, *, notes: bool = False) -> None:
+    """Print a report; its last line is the verdict.
 
-    terminal.render(document, console())
+    Args:
+        document: What to print.
+        notes: Whether to print its notes too, before everything else.
+    """
+    from rich.text import Text
+
+    from ..report import terminal
+    from ..report.markup import printable
+
+    screen = console()
+    for note in document.notes if notes else ():
+        screen.print(Text(f"note: {printable(note)}"))
+    terminal.render(document, screen)
