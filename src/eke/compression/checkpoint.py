@@ -8,6 +8,7 @@ been started with the same recipe, which `Run` compares key by key.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -39,10 +42,10 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        advice = ". Free space and continue with --resume" if error.errno in _DISK_FULL else ""
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror}); what was there before stays. Free space and continue "
-            "with --resume",
+            f"{path} could not be written ({error.strerror}); what was there before stays{advice}",
         ) from error
     finally:
         with contextlib.suppress(OSError):
