@@ -9,7 +9,16 @@ import pathlib
 import pytest
 import torch
 
-from eke.compression.checkpoint import Run, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from eke.compression.checkpoint import (
+    Run,
+    read_json,
+    read_tensors,
+    sha256,
+    together,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 RECIPE = {"seed": 0, "budget": {"size": "0.5x"}}
 
@@ -170,3 +179,33 @@ def test_a_folder_with_other_files_is_never_cleared(tmp_path, resume):
     ):
         Run(tmp_path, RECIPE, resume=resume)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_files_written_together_appear_at_the_end(tmp_path):
+    (tmp_path / "plan.json").write_text("old")
+    with together(tmp_path) as staged:
+        (staged / "a").write_text("new a")
+        (staged / "plan.json").write_text("new")
+        assert not (tmp_path / "a").exists()
+        assert (tmp_path / "plan.json").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new a", "plan.json": "new"}
+
+
+def test_what_fails_half_way_leaves_what_was_there(tmp_path):
+    (tmp_path / "plan.json").write_text("old")
+    with pytest.raises(OSError, match="full"), together(tmp_path) as staged:
+        (staged / "plan.json").write_text("new")
+        raise OSError("the disk is full")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"plan.json": "old"}
+
+
+def test_openings_are_counted_and_survive_a_kill(tmp_path):
+    run = Run(tmp_path / "run", {"a": 1}, resume=False)
+    run.opening("report")
+    run.opening("selection")
+    again = Run(tmp_path / "run", {"a": 1}, resume=True)
+    again.opening("report")
+    assert again.openings() == {"report": 2, "selection": 1}
+    in_memory = Run(None, {}, resume=False)
+    in_memory.opening("report")
+    assert in_memory.openings() == {"report": 1}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from eke import Counts, cost
-from eke.compression import measure
+from eke.compression import accuracy, measure
 from eke.compression.intervals import paired_difference, wilson
 
-from .nets import samples, state, trained
+from .nets import batches, samples, state, trained
 
 
 def counts(*outcomes: int) -> Counts:
@@ -121,3 +121,24 @@ def test_what_costs_no_quality_is_measured_beside_the_original(quick):
     assert memory_format in ("contiguous", "channels_last")
     assert "original" in times
     assert all(t > 0 for t in times.values())
+
+
+def test_outcomes_in_another_order_are_not_paired():
+    first = Counts(2, 4, torch.tensor([True, True, False, False]), "one order")
+    second = Counts(2, 4, torch.tensor([False, False, True, True]), "another")
+    assert "unpaired" in measure.drop_between(first, second, limit=0.1).method
+    again = Counts(2, 4, second.outcomes, "one order")
+    assert "unpaired" not in measure.drop_between(first, again, limit=0.1).method
+
+
+def test_accuracy_knows_the_order_of_its_samples():
+    model, data = trained(), batches(64, seed=9)
+    first, again, other = accuracy(model, data), accuracy(model, data), accuracy(model, data[::-1])
+    assert first.order == again.order
+    assert first.order != other.order
+    assert first.correct == other.correct
+
+
+def test_accuracy_counts_a_sample_once():
+    with pytest.raises(ValueError, match=r"logits \(batch, classes\), got \(2, 3, 4, 4\) in batch 0"):
+        accuracy(nn.Identity(), [(torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))])

@@ -34,7 +34,7 @@ def verify(
     found: Planned,
     run: Run,
     scores: Mapping[str, float | Counts],
-    notes: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> Evidence:
     """Measure the result against the original and open the report split.
 
