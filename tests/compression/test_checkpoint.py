@@ -193,9 +193,14 @@ def test_files_written_together_appear_at_the_end(tmp_path):
 
 def test_what_fails_half_way_leaves_what_was_there(tmp_path):
     (tmp_path / "plan.json").write_text("old")
-    with pytest.raises(OSError, match="full"), together(tmp_path) as staged:
-        (staged / "plan.json").write_text("new")
-        raise OSError("the disk is full")
+
+    def half() -> None:
+        with together(tmp_path) as staged:
+            (staged / "plan.json").write_text("new")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        half()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"plan.json": "old"}
 
 
