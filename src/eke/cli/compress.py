@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..compression import Result
     from ..report import Document
 
-DEMO_BUDGET = {"max_drop": "1%", "latency": "0.31x", "size": "1/13x"}
+DEMO_BUDGET = {"max_drop": "1%", "latency": "0.32x", "size": "1/13x"}
 """What the demo is asked for when nothing else is."""
 
 MET, FAILED, NOT_MET = 0, 1, 3

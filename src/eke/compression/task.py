@@ -176,8 +176,8 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
                 raise ValueError(f"Batch {index} of the evaluation gave {int(torch.isnan(logits).sum())} NaN logits.")
             if logits.ndim != 2:
                 raise ValueError(
-                    f"accuracy needs logits (batch, classes), got {tuple(logits.shape)} in batch {index}: pass your own "
-                    "score=, where each sample counts once."
+                    f"accuracy needs logits (batch, classes), got {tuple(logits.shape)} in batch {index}: pass your "
+                    "own score=, where each sample counts once."
                 )
             order.update(_with_targets(batch).detach().cpu().contiguous().numpy().tobytes())
             outcomes.append((logits.argmax(1) == _with_targets(batch)).flatten())
