@@ -152,8 +152,13 @@ def test_interrupted_child_has_the_time_to_say_how_to_go_on():
         f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import bootstrap; "
         f"sys.exit(bootstrap.wait_for([sys.executable, '-c', {SLOW_TO_STOP!r}]))"
     )
+    # A background job of a shell script inherits an ignored SIGINT: the child must not.
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout.readline() == "ready\n"
         os.killpg(process.pid, signal.SIGINT)
