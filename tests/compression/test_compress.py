@@ -345,3 +345,23 @@ def test_a_full_disk_during_a_run_loses_nothing(quick, model, reference, tmp_pat
     assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.endswith((".part", ".partial"))]
     result = run(model, folder=tmp_path / "run", resume=True)
     assert (result.save(tmp_path / "a") / WEIGHTS).read_bytes() == reference
+
+
+def test_every_decision_was_also_measured_alone(result, model):
+    lines = {line.site: line for line in result.evidence.plan}
+    assert set(lines) == {name.removeprefix("bits:") for name in result.plan.picks}
+    changed = [line for line in lines.values() if line.predicted_loss]
+    assert changed
+    assert all(line.measured_loss is not None for line in changed)
+
+
+def test_the_measured_loss_of_a_rounded_matrix_is_that_of_the_rounded_net(result, model):
+    line = next(line for line in result.evidence.plan if line.change.endswith("bits"))
+    bits = int(line.change.split(", ")[1].split()[0])
+    rounded = copy.deepcopy(model)
+    site = next(site for site in eke.sites.find(rounded) if site.name == line.site)
+    site.write_(rounded, UniformGrid(bits).project(site.read(rounded)))
+    data = tiny_task().calibration
+    with torch.no_grad():
+        losses = [sum(float(cross_entropy(net, batch)) for batch in data) / len(data) for net in (rounded, model)]
+    assert line.measured_loss == pytest.approx(losses[0] - losses[1], abs=1e-6)

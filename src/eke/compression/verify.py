@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from torch import nn
 from .. import cost
 from .._types import Counts
 from ..report import PlanLine, Speedup, Split
-from ..sites import find
-from ..structures import UniformGrid
+from ..sites import Site, find
+from ..structures import Structure, UniformGrid
 from . import apply, measure
 from .artifact import Blueprint
+from .candidates import Grids, Widths
 from .checkpoint import Run
+from .checks import count_samples
 from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
@@ -142,12 +146,32 @@ def _score(value: float | dict[str, Any]) -> float | Counts:
     return Counts(value["correct"], value["total"], outcomes, value["order"])
 
 
+class _Alone:
+    """The measured loss increase of single decisions on some calibration samples, as long as its time lasts."""
+
+    def __init__(self, job: Job, *, samples: int = 512) -> None:
+        self.job, self.batches, seen = job, [], 0
+        for batch in job.batches:
+            self.batches.append(batch)
+            seen += count_samples(batch)
+            if seen >= samples:
+                break
+        self.end = time.monotonic() + 10 * job.seconds
+        self.base = self._loss(job.model)
+
+    def __call__(self, build: Callable[[], nn.Module]) -> float | None:
+        if time.monotonic() > self.end:
+            return None
+        return self._loss(build()) - self.base
+
+    def _loss(self, net: nn.Module) -> float:
+        with evaluating(net):
+            return sum(float(self.job.loss(net, batch)) for batch in self.batches) / len(self.batches)
+
+
 def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[PlanLine, ...]:
-    lines = []
-    for width in space.widths:
-        option, size = plan.picks[width.choice], width.group.size
-        change = f"keeps {width.kept[option]} of {size} channels" if option else f"keeps all {size} channels"
-        lines.append(PlanLine(width.choice, change, predicted_loss=width.losses[option], maturity="exact"))
+    alone = _Alone(job)
+    lines = [_width_line(job, space, width, plan.picks[width.choice], alone) for width in space.widths]
     after = {site.name: site.shape for site in find(net)}
     arguments = measure.positional(job.inputs)
     with evaluating(job.model):
@@ -155,26 +179,54 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
             cost.module_times(m, *arguments, seconds=0.2 * job.seconds, threads=job.threads) for m in (job.model, net)
         ]
     for grid in space.grids:
-        option, site = plan.picks[grid.choice], grid.site
-        structure, shape = grid.structures[option], after[site.name]
-        shapes = f"{shape[0]} x {shape[1]}"
-        if shape != site.shape:
-            shapes = f"{site.shape[0]} x {site.shape[1]} to {shapes}"
-        stored = structure.bits(shape) // 8 if structure is not None else 4 * shape[0] * shape[1]
-        milliseconds = [1e3 * times[site.module_name] if site.module_name in times else None for times in seconds]
-        lines.append(
-            PlanLine(
-                site.name,
-                f"{shapes}, {f'{structure.code_bits} bits' if isinstance(structure, UniformGrid) else 'float32'}",
-                predicted_loss=grid.losses[option],
-                bytes_before=4 * site.shape[0] * site.shape[1],
-                bytes_after=stored,
-                milliseconds_before=milliseconds[0],
-                milliseconds_after=milliseconds[1],
-                maturity="exact",
-            )
-        )
+        times = [1e3 * found[grid.site.module_name] if grid.site.module_name in found else None for found in seconds]
+        lines.append(_grid_line(job, grid, plan.picks[grid.choice], after[grid.site.name], (times[0], times[1]), alone))
     return tuple(lines)
+
+
+def _width_line(job: Job, space: Space, width: Widths, option: int, alone: _Alone) -> PlanLine:
+    size = width.group.size
+    if not option:
+        return PlanLine(width.choice, f"keeps all {size} channels", predicted_loss=0.0, maturity="exact")
+    measured = alone(
+        lambda: apply.cut(job.model, [width], {width.choice: option}, sites=space.sites, curvature=space.curvature)
+    )
+    change = f"keeps {width.kept[option]} of {size} channels"
+    return PlanLine(width.choice, change, predicted_loss=width.losses[option], measured_loss=measured, maturity="exact")
+
+
+def _grid_line(
+    job: Job,
+    grid: Grids,
+    option: int,
+    shape: tuple[int, int],
+    milliseconds: tuple[float | None, float | None],
+    alone: _Alone,
+) -> PlanLine:
+    site, structure = grid.site, grid.structures[option]
+    shapes = f"{shape[0]} x {shape[1]}"
+    if shape != site.shape:
+        shapes = f"{site.shape[0]} x {site.shape[1]} to {shapes}"
+    measured = None
+    if structure is not None:
+        measured = alone(lambda: _rounded(job.model, site, structure))
+    return PlanLine(
+        site.name,
+        f"{shapes}, {f'{structure.code_bits} bits' if isinstance(structure, UniformGrid) else 'float32'}",
+        predicted_loss=grid.losses[option],
+        measured_loss=measured,
+        bytes_before=4 * site.shape[0] * site.shape[1],
+        bytes_after=structure.bits(shape) // 8 if structure is not None else 4 * shape[0] * shape[1],
+        milliseconds_before=milliseconds[0],
+        milliseconds_after=milliseconds[1],
+        maturity="exact",
+    )
+
+
+def _rounded(model: nn.Module, site: Site, structure: Structure) -> nn.Module:
+    net = copy.deepcopy(model)
+    site.write_(net, structure.project(site.read(net)))
+    return net
 
 
 def _splits(job: Job, scores: Mapping[str, float | Counts], openings: Mapping[str, int]) -> tuple[Split, ...]:
