@@ -343,3 +343,26 @@ def test_a_missing_key_or_attribute_names_the_batch(taught, error, words):
 
     with pytest.raises(ValueError, match=rf"does not run on calibration batch 4, .*: {words}\. Make the loader"):
         check_runs(taught, batches()[0], loss=cross_entropy, forward=forward, index=4)
+
+
+class Doubled(torch.nn.Module):
+    """A classifier that takes its images under another name and scale than the default call gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+        return self.linear(pixels)
+
+
+def test_the_default_loss_and_score_call_the_model_as_the_task_does():
+    generator = torch.Generator().manual_seed(0)
+    model = Doubled()
+    data = [(torch.randn(8, 4, generator=generator), torch.randint(0, 3, (8,), generator=generator))]
+    task = Task(data, data, data, forward=lambda net, batch: net(pixels=batch[0]))
+    logits = model.linear(data[0][0])
+    torch.testing.assert_close(task.loss(model, data[0]), torch.nn.functional.cross_entropy(logits, data[0][1]))
+    assert task.score(model, data).correct == int((logits.argmax(1) == data[0][1]).sum())
+    assert task.counts_samples
+    assert not Task(data, data, data, score=lambda net, batches: 0.0).counts_samples

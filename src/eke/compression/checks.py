@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._types import Batch, Counts, Loss
 from .intervals import samples_to_prove
-from .task import Forward, Task, accuracy, evaluating
+from .task import Forward, Task, evaluating
 
 _MOST_FORMS = 8
 
@@ -181,7 +181,7 @@ def check_task(task: Task, drop: float | None, model: nn.Module | None = None) -
                 _check_fits(model, batch, task, where=f"{name} batch {index}")
         if total == 0:
             raise ValueError(f"The {name} split gave 0 samples: pass a list or a DataLoader that is not empty.")
-        if name == "report" and drop is not None and task.score is accuracy:
+        if name == "report" and drop is not None and task.counts_samples:
             check_samples(total, drop)
 
 
@@ -195,7 +195,7 @@ def _check_fits(model: nn.Module, batch: Batch, task: Task, *, where: str) -> No
         with evaluating(model):
             _run_forward(model, batch, task.forward, where=where)
     except ValueError as error:
-        if task.score is accuracy:
+        if task.counts_samples:
             raise
         warnings.warn(f"{error} Your own score has to cope with it.", stacklevel=4)
 

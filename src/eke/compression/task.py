@@ -9,6 +9,7 @@ whose entry `labels` (or `label`) holds the targets. Anything else works with an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,12 +108,13 @@ def _with_targets(batch: Batch) -> Tensor:
     return targets
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(model: nn.Module, batch: Batch, *, forward: Forward = forward) -> Tensor:
     """Mean cross-entropy of a classifier, the default loss.
 
     Args:
         model: Returns logits (batch, classes, ...).
         batch: With integer targets (batch, ...).
+        forward: Calls the model on the batch.
 
     Returns:
         Scalar tensor.
@@ -155,12 +157,13 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
+def accuracy(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = forward) -> Counts:
     """Share of samples whose largest logit is the target, the default score.
 
     Args:
         model: Returns logits (batch, classes).
         batches: With integer targets (batch,).
+        forward: Calls the model on a batch.
 
     Returns:
         Counts with the outcome of every sample.
@@ -197,7 +200,7 @@ class Task:
         report: Batches for the published numbers.
         loss: Mean loss of a batch.
         score: Score of a model on batches.
-        forward: Calls the model on a batch.
+        forward: Calls the model on a batch; the default loss and score call the model in the same way.
         name: Shown in reports.
     """
 
@@ -208,3 +211,16 @@ class Task:
     score: Score = accuracy
     forward: Forward = forward
     name: str = "task"
+
+    def __post_init__(self) -> None:
+        if self.forward is forward:
+            return
+        if self.loss is cross_entropy:
+            object.__setattr__(self, "loss", functools.partial(cross_entropy, forward=self.forward))
+        if self.score is accuracy:
+            object.__setattr__(self, "score", functools.partial(accuracy, forward=self.forward))
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the score is `accuracy`, which counts one sample once."""
+        return getattr(self.score, "func", self.score) is accuracy
