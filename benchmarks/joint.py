@@ -389,10 +389,11 @@ def show(document: Mapping[str, Any]) -> None:
     """Print the table."""
     for solver, row in document["rows"].items():
         single, together = row["single"], row["all"]
+        predicted, seconds = row["predicted_all"]["corrected"], sum(row["cpu_seconds"])
         print(
-            f"{solver:28} single {single['value']:+.6f} {_ends(single)}  "
-            f"all {together['value']:+.5f} {_ends(together)}  predicted {row['predicted_all']['corrected']:.5f}  CPU {sum(row['cpu_seconds']):.0f} s"
+            f"{solver:28} single {single['value']:+.6f} {_ends(single)}  all {together['value']:+.5f} {_ends(together)}"
         )
+        print(f"{'':28} predicted for all {predicted:.5f}  CPU {seconds:.0f} s")
     for name, kinds in document["ratios"].items():
         print(f"{name:42} " + "  ".join(f"{k} {v['value']:.1f}x {_ends(v)}" for k, v in kinds.items()))
     print(json.dumps(document["at_least_10_times_less"]))

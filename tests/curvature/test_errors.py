@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,6 +54,71 @@ def test_a_gradient_that_is_not_finite_is_named():
         Curvature.estimate(model, lambda m, b: (m(b) * 0).abs().sqrt().sum(), batches(), sites=find(model))
 
 
+def root(model, batch):
+    """A finite loss whose gradient is infinite where the output is 0."""
+    return model(batch).abs().sqrt().mean()
+
+
+def test_a_gradient_that_is_not_finite_names_the_first_batch_that_has_one():
+    """The last of three batches holds one sample of zeros, which a layer without bias maps to 0."""
+    bad = batches(3)
+    bad[2][5] = 0
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    with pytest.raises(
+        ValueError, match=r"Output gradients of '0' hold 2 of 16 values.*first in batch 2; check that batch.*skip="
+    ):
+        Curvature.estimate(model, root, bad, sites=find(model))
+
+
+def test_a_gradient_at_a_module_output_names_module_and_batch():
+    bad = batches()
+    bad[1][5] = 0
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Identity())
+    with pytest.raises(ValueError, match=r"Output gradients of '1' hold 2 of 16 values.*first in batch 1"):
+        Curvature.estimate(model, root, bad, sites=[], outputs={"1": -1})
+
+
+class Sides(nn.Module):
+    """Two layers, each with its own half of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.left(x[:, :3])) + torch.tanh(self.right(x[:, 3:]))
+
+
+@pytest.mark.parametrize(("column", "name"), [(0, "left"), (4, "right")])
+def test_of_several_sites_the_one_with_bad_data_is_named(column, name):
+    bad = [torch.cat(pair, 1) for pair in zip(batches(3), batches(3))]
+    bad[1][2, column] = float("inf")
+    model = Sides()
+    with pytest.raises(ValueError, match=f"Inputs of '{name}' hold 1 of 24 values .* first in batch 1"):
+        Curvature.estimate(model, mean_square, bad, sites=find(model))
+
+
+def test_leaving_the_named_site_out_is_a_way_on():
+    """What the message advises works: without the site that sees infinite data the others are estimated."""
+    bad = batches()
+    bad[1][0, :2] = float("inf")
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    nn.init.ones_(model[0].weight)
+    with pytest.raises(ValueError, match=r"Inputs of '0'.*leave the site out with skip="):
+        Curvature.estimate(model, mean_square, bad, sites=find(model))
+    factors = Curvature.estimate(model, mean_square, bad, sites=find(model, skip=["0"])).factors("2")
+    assert bool(torch.isfinite(factors.a).all())
+    assert bool(torch.isfinite(factors.g).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stop_at_the_first_batch(value):
+    model = nn.Sequential(nn.Linear(3, 1))
+    nn.init.constant_(model[0].weight, value)
+    with pytest.raises(ValueError, match=r"The loss of batch 0 is (nan|inf); check that batch and the model's outputs"):
+        Curvature.estimate(model, mean_square, batches(), sites=find(model))
+
+
 def test_a_loss_without_the_model():
     with pytest.raises(ValueError, match="does not depend on the output of any of"):
         Curvature.estimate(MODEL, lambda m, b: b.mean(), batches(), sites=SITES)
@@ -84,6 +151,36 @@ def test_too_few_samples_are_warned_with_the_number_needed():
     model = nn.Sequential(nn.Linear(3, 1))
     with pytest.warns(UserWarning, match="'0' has 3 inputs but only 2 rows were seen.*at least 3 samples"):
         Curvature.estimate(model, mean_square, [batches(1)[0][:2]], sites=find(model))
+
+
+NARROW = [
+    (nn.Linear(7, 2), (7,), 7, 7),
+    (nn.Linear(7, 2), (3, 7), 7, 3),  # three tokens a sample
+    (nn.Conv2d(8, 4, 3, padding=1), (8, 3, 3), 72, 8),  # nine locations a sample
+    (nn.Conv2d(8, 4, 3, padding=1, groups=2), (8, 3, 3), 36, 4),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "width", "needed"), NARROW, ids=[str(case[0]) for case in NARROW])
+def test_the_number_of_samples_named_is_the_least_that_silences_the_warning(layer, shape, width, needed):
+    model, sites = nn.Sequential(layer), find(nn.Sequential(layer))
+    x = torch.randn(needed, *shape, generator=torch.Generator().manual_seed(0))
+    message = f"Site '0' has {width} inputs but only .* rows were seen.*at least {needed} samples"
+    with pytest.warns(UserWarning, match=message):
+        Curvature.estimate(model, mean_square, [x[: needed - 1]], sites=sites)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        factors = Curvature.estimate(model, mean_square, [x], sites=sites, corrected_samples=0).factors("0")
+    assert all(int(torch.linalg.matrix_rank(a, rtol=1e-6)) == width for a in factors.a)
+
+
+def test_too_few_samples_warn_once_a_site_by_name():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match="rank-deficient") as caught:
+        Curvature.estimate(model, mean_square, [batches(1)[0][:4]], sites=find(model))
+    found = [str(warning.message) for warning in caught if "rank-deficient" in str(warning.message)]
+    assert len(found) == 1
+    assert "'2' has 5 inputs but only 4 rows" in found[0]
 
 
 def test_sites_that_cannot_be_hooked_are_refused():
