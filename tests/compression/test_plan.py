@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from eke.compression import plan as planning
-from eke.compression.plan import Choice, InfeasibleError, Term, choose, total
+from eke.compression.plan import Choice, InfeasibleError, Term, choose, total, undominated
 
 GAP = 1e-4
+HALF = {"size": 40.0}
 
 
 def factor_graph(seed: int, *, decisions: int = 4, options: int = 3) -> tuple[list[Choice], list[Term]]:
@@ -157,6 +157,14 @@ def test_one_plan_solves_forty_decisions_with_pairs():
     assert set(found.picks) == {c.name for c in choices}
 
 
+def knapsack(seed: int, *, decisions: int = 8) -> tuple[list[Choice], list[Term]]:
+    """Tables over one decision each, whose relaxed program has a gap."""
+    rng = np.random.default_rng(seed)
+    choices = [Choice(f"c{i}", ("a", "b", "c")) for i in range(decisions)]
+    terms = [Term((c.name,), "loss", np.sort(rng.uniform(0, 10, 3))) for c in choices]
+    return choices, terms + [Term((c.name,), "size", -np.sort(-rng.uniform(1, 10, 3))) for c in choices]
+
+
 def test_standard_output_stays_clean_while_solving(capfd, monkeypatch):
     solve = scipy.optimize.milp
 
@@ -165,8 +173,8 @@ def test_standard_output_stays_clean_while_solving(capfd, monkeypatch):
         return solve(*arguments, **{**options, "options": {**options["options"], "disp": True}})
 
     monkeypatch.setattr(scipy.optimize, "milp", noisy)
-    choices, terms = factor_graph(0)
-    choose(choices, terms, limits={"size": 1e3})
+    choices, terms = knapsack(0)
+    choose(choices, terms, limits=HALF, gap=0.0)
     out, err = capfd.readouterr()
     assert out == ""
     assert "noise of a native library" in err
@@ -179,11 +187,109 @@ def test_standard_output_is_restored_after_an_error(capfd, monkeypatch):
         raise RuntimeError("solver broke")
 
     monkeypatch.setattr(scipy.optimize, "milp", broken)
-    choices, terms = factor_graph(0)
+    choices, terms = knapsack(0)
     with pytest.raises(RuntimeError, match="solver broke"):
-        choose(choices, terms, limits={"size": 1e3})
+        choose(choices, terms, limits=HALF, gap=0.0)
     os.write(1, b"after\n")
     assert capfd.readouterr().out == "after\n"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("interrupted", ["at once", "before the integer program"])
+def test_out_of_time_the_best_plan_comes_with_a_gap_that_is_true(interrupted, seed, monkeypatch):
+    choices, terms = knapsack(seed)
+    seconds = 1e-9
+    if interrupted != "at once":
+        seconds = 20.0
+        nothing = scipy.optimize.OptimizeResult(x=None, status=1, mip_dual_bound=None)
+        monkeypatch.setattr(scipy.optimize, "milp", lambda *_, **__: nothing)
+    found = choose(choices, terms, limits=HALF, gap=0.0, seconds=seconds)
+    least = min(p["loss"] for p in every_plan(choices, terms) if p["size"] <= HALF["size"])
+    assert found.predicted["size"] <= HALF["size"] * (1 + 1e-9)
+    assert found.predicted["loss"] * (1 - found.gap) <= least * (1 + 1e-9)
+    assert 0 <= found.gap <= 1
+
+
+TRAP = [Choice("a", ("x", "y")), Choice("b", ("x", "y"))]
+TRAP_TERMS = [
+    Term(("a",), "loss", np.array([0.0, 1.0])),
+    Term(("a", "b"), "size", np.array([[2.0, 3.0], [3.0, 1.0]])),
+]
+"""No single change comes nearer to a size of 1.5."""
+
+
+def test_when_no_plan_is_found_in_time_it_is_said():
+    with pytest.raises(
+        InfeasibleError,
+        match=r"No plan was found within 1e-09 s for the limits \[\{'size': 1\.5\}\], and none was ruled out\. "
+        r"Raise `seconds` or the limits\. Nearest: size .* \(limit .*\)\.",
+    ) as caught:
+        choose(TRAP, TRAP_TERMS, limits={"size": 1.5}, seconds=1e-9)
+    assert not caught.value.proved
+    assert caught.value.nearest["size"] in (1.0, 2.0)
+    assert choose(TRAP, TRAP_TERMS, limits={"size": 1.5}).picks == {"a": 1, "b": 1}
+
+
+def test_an_impossible_budget_is_proved():
+    with pytest.raises(InfeasibleError) as caught:
+        choose(TRAP, TRAP_TERMS, limits={"size": 0.5})
+    assert caught.value.proved
+    assert caught.value.nearest == {"loss": 1.0, "size": 1.0}
+
+
+def test_the_loss_can_be_limited_like_a_cost():
+    choices, terms = knapsack(1)
+    assert choose(choices, terms, limits={"loss": 1e3}).gap <= GAP
+    with pytest.raises(InfeasibleError, match=r"below the smallest plan\. Nearest feasible: loss"):
+        choose(choices, terms, limits={"loss": 1e-3})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_leaving_dominated_options_out_never_changes_the_best_loss(seed):
+    rng = np.random.default_rng(seed)
+    choices = [Choice(f"c{i}", tuple("abcd")) for i in range(4)]
+    # Few different values and few axes that matter, so that options are dominated and equal now and then.
+    terms = [Term((f"c{i}",), r, rng.integers(0, 4, 4).astype(float)) for i in range(4) for r in ("loss", "size")]
+    for i, j in [(0, 1), (2, 1)]:
+        pair = rng.integers(0, 3, 4)[:, None] + rng.integers(0, 3, 4)[None] + rng.integers(0, 2, (4, 4))
+        terms.append(Term((f"c{i}", f"c{j}"), ("loss", "size")[i // 2], pair.astype(float)))
+    stay = undominated(choices, terms, ["size"])
+    assert all(options and options == sorted(options) for options in stay.values())
+    assert sum(map(len, stay.values())) < 16
+    names = [c.name for c in choices]
+    plans = every_plan(choices, terms)
+    left = [total(terms, dict(zip(names, p))) for p in itertools.product(*stay.values())]
+    for limit in {p["size"] for p in plans}:
+        best, still = (min((p["loss"] for p in of if p["size"] <= limit), default=None) for of in (plans, left))
+        assert best == still
+
+
+def test_of_equal_options_the_first_stays():
+    choices = [Choice("a", ("x", "y", "z"))]
+    terms = [Term(("a",), "loss", np.array([1.0, 1.0, 2.0])), Term(("a",), "size", np.array([3.0, 3.0, 3.0]))]
+    assert undominated(choices, terms, ["size"]) == {"a": [0]}
+
+
+def test_costs_without_a_limit_do_not_keep_an_option():
+    choices = [Choice("a", ("x", "y"))]
+    terms = [
+        Term(("a",), r, np.array(t)) for r, t in (("loss", [0.0, 1.0]), ("size", [2.0, 2.0]), ("macs", [2.0, 1.0]))
+    ]
+    assert undominated(choices, terms, ["size"]) == {"a": [0]}
+    assert undominated(choices, terms, ["size", "macs"]) == {"a": [0, 1]}
+    assert undominated(choices, terms, ["loss"]) == {"a": [0]}
+
+
+def test_an_option_that_a_neighbour_may_need_stays_until_the_neighbour_does_not():
+    pair = np.array([[1.0, 1.0], [0.0, 5.0]])
+    terms = [Term(("a", "b"), "size", pair), Term(("b",), "loss", np.array([0.0, 1.0]))]
+    # b's second option is dominated, and without it a's second option dominates the first.
+    assert undominated(TRAP, terms, ["size"]) == {"a": [1], "b": [0]}
+
+
+def test_undominated_knows_its_resources():
+    with pytest.raises(ValueError, match=r"Limits on resources without a table: \['macs'\]; known: \['loss', 'size'\]"):
+        undominated(TRAP, TRAP_TERMS, ["macs"])
 
 
 A = Choice("a", ("x", "y"))
@@ -206,18 +312,11 @@ def size(*table: float, over: tuple[str, ...] = ("a",)) -> Term:
         ([A], [LOSS, size(1, 1)], {"size": 0.0}, r"limit of 'size' must be positive and finite, got 0"),
         ([A], [LOSS, size(1, 1)], {"size": np.nan}, r"limit of 'size' must be positive and finite, got nan"),
         ([A], [LOSS, size(1, -1)], {}, r"'size' table over \('a',\) is negative at \(1,\): -1"),
+        ([], [], {}, r"Every choice needs an option, got 0 choices, without options: \[\]"),
+        ([Choice("a", ())], [], {}, r"Every choice needs an option, got 1 choices, without options: \['a'\]"),
         ([A], [Term(("a", "a"), "size", np.ones((2, 2)))], {}, r"A term of 'size' names a choice twice: \('a', 'a'\)"),
     ],
 )
 def test_bad_problems_are_refused(choices, terms, limits, message):
     with pytest.raises(ValueError, match=message):
         choose(choices, terms, limits=limits)
-
-
-def test_when_no_plan_is_found_in_time_it_is_said(monkeypatch):
-    monkeypatch.setattr(planning, "_solve", lambda *_, **__: (None, 0.0))
-    with pytest.raises(
-        InfeasibleError, match=r"No plan was found within 0\.5 s for the limits \{'size': 3\.0\}"
-    ) as caught:
-        choose([A], [LOSS, Term(("a",), "size", np.ones(2))], limits={"size": 3.0}, seconds=0.5)
-    assert caught.value.nearest == {}

@@ -2,31 +2,24 @@
 
 Costs do not add over decisions: the time of a convolution depends on its input width and on its output width, its bytes
 on both and on the bits. So a problem is a set of choices and of tables over one or several of them (a factor graph).
-The mixed-integer program has a binary x per option and, for each set S of choices that share a table, a distribution
-z over the joint options of S whose marginals are x (the local polytope): with x integral, z is the joint choice, so
-the program is exact. HiGHS solves it to a stated gap. Relatives: SPDY (Frantar and Alistarh, 2022), HALP (Shen et al.,
-2022), ZipLM (Kurtic et al., 2023), which assume costs that add.
+Options that another one beats whatever the rest does are left out first; what is left is solved as a mixed-integer
+program to a stated gap (see `program`). Several budgets are planned together if one set of decisions shall serve them
+all: options then never decrease from a looser budget to a tighter one. Relatives: SPDY (Frantar and Alistarh, 2022),
+HALP (Shen et al., 2022), ZipLM (Kurtic et al., 2023), which assume costs that add.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from . import program
 from .budget import RESOURCES, show
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
-Table = NDArray[np.float64]
+from .graph import Graph, Picks, Table
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ class Plan:
     Args:
         picks: Option index of every choice.
         predicted: Total of every resource, the loss among them.
-        gap: Proved relative distance to the best possible loss.
-        seconds: Time that solving took.
+        gap: Proved relative distance to the best possible loss; for nested plans, of the weighted sum of all losses.
+        seconds: Time that solving took, for nested plans that of all together.
     """
 
     picks: Mapping[str, int]
@@ -75,16 +68,18 @@ class Plan:
 
 
 class InfeasibleError(ValueError):
-    """No combination of options keeps every limit.
+    """No combination of options keeps every limit, or none was found in time.
 
     Args:
         message: The text shown.
         nearest: Totals of the plan that comes nearest to the limits.
+        proved: Whether it is certain that there is none.
     """
 
-    def __init__(self, message: str, nearest: Mapping[str, float]) -> None:
+    def __init__(self, message: str, nearest: Mapping[str, float], *, proved: bool = True) -> None:
         super().__init__(message)
         self.nearest = dict(nearest)
+        self.proved = proved
 
 
 def total(terms: Sequence[Term], picks: Mapping[str, int]) -> dict[str, float]:
@@ -104,34 +99,13 @@ def total(terms: Sequence[Term], picks: Mapping[str, int]) -> dict[str, float]:
     return sums
 
 
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what native code writes to file descriptor 1 to standard error: HiGHS prints there."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@dataclass(frozen=True)
-class _Program:
-    """The linear program of a problem: equalities and one row of coefficients per resource."""
-
-    equalities: csr_array
-    right: Table
-    costs: Mapping[str, Table]
-    binaries: int
-    offsets: Mapping[str, int]
-
-
 def _check(choices: Sequence[Choice], terms: Sequence[Term]) -> None:
     sizes = {choice.name: len(choice.options) for choice in choices}
     if len(sizes) != len(choices):
         raise ValueError(f"Choices must have different names, got {[choice.name for choice in choices]}.")
+    empty = [choice.name for choice in choices if not choice.options]
+    if empty or not choices:
+        raise ValueError(f"Every choice needs an option, got {len(choices)} choices, without options: {empty}.")
     for term in terms:
         unknown = [name for name in term.over if name not in sizes]
         if unknown:
@@ -151,94 +125,65 @@ def _check(choices: Sequence[Choice], terms: Sequence[Term]) -> None:
             raise ValueError(f"The {term.resource!r} table over {term.over} is negative at {bad}: {term.table[bad]}.")
 
 
-def _build(choices: Sequence[Choice], terms: Sequence[Term]) -> _Program:
-    offsets, position = {}, 0
-    for choice in choices:
-        offsets[choice.name] = position
-        position += len(choice.options)
-    binaries = position
-    sizes = {choice.name: len(choice.options) for choice in choices}
-    scopes: dict[tuple[str, ...], int] = {}
-    for term in terms:
-        if len(term.over) > 1 and term.over not in scopes:
-            scopes[term.over] = position
-            position += int(np.prod([sizes[name] for name in term.over]))
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
-    right: list[float] = []
-    for choice in choices:
-        row = len(right)
-        rows += [row] * len(choice.options)
-        columns += range(offsets[choice.name], offsets[choice.name] + len(choice.options))
-        values += [1.0] * len(choice.options)
-        right.append(1.0)
-    for over, start in scopes.items():
-        index = np.arange(int(np.prod([sizes[name] for name in over]))).reshape([sizes[name] for name in over])
-        for axis, name in enumerate(over):
-            for option in range(sizes[name]):
-                members = np.take(index, option, axis=axis).ravel() + start
-                row = len(right)
-                rows += [row] * (members.size + 1)
-                columns += [*members.tolist(), offsets[name] + option]
-                values += [1.0] * members.size + [-1.0]
-                right.append(0.0)
-    costs: dict[str, Table] = {}
-    for term in terms:
-        start = scopes[term.over] if len(term.over) > 1 else offsets[term.over[0]] if term.over else -1
-        line = costs.setdefault(term.resource, np.zeros(position))
-        if start >= 0:
-            line[start : start + term.table.size] += term.table.ravel()
-    # SciPy's solvers take a second to import: only who plans pays for it.
-    from scipy.sparse import coo_array
-
-    matrix = coo_array((values, (rows, columns)), shape=(len(right), position)).tocsr()
-    return _Program(matrix, np.asarray(right), costs, binaries, offsets)
+def _graph(choices: Sequence[Choice], terms: Sequence[Term], limited: Sequence[str]) -> Graph:
+    """Return the tables of the loss (row 0) and of the limited resources."""
+    place = {choice.name: i for i, choice in enumerate(choices)}
+    tables: dict[tuple[int, ...], list[tuple[int, Table]]] = {}
+    for row, resource in enumerate(["loss", *limited]):
+        for term in terms:
+            if term.resource == resource:
+                tables.setdefault(tuple(place[name] for name in term.over), []).append((row, term.table))
+    return Graph.of([len(choice.options) for choice in choices], tables, 1 + len(limited))
 
 
-def _constants(terms: Sequence[Term]) -> dict[str, float]:
-    """Return the totals of the terms over no choice at all: what no decision changes."""
-    sums: dict[str, float] = {}
-    for term in terms:
-        if not term.over:
-            sums[term.resource] = sums.get(term.resource, 0.0) + float(term.table)
-    return sums
+def undominated(
+    choices: Sequence[Choice], terms: Sequence[Term], resources: Sequence[str], *, nested: bool = False
+) -> dict[str, list[int]]:
+    """Name the options that a best plan may need.
+
+    An option is left out if another costs no more of the loss and of any of the resources, whatever the other choices
+    do; of equal options the first stays.
+
+    Args:
+        choices: The decisions.
+        terms: Tables of loss and costs over them.
+        resources: The costs that count: those with a limit. The loss always counts.
+        nested: Keep what the best nested plans may need: an option goes only if none that stays lies between it and the
+            one that beats it; else the replacement might be above the next budget's option or below the last one's.
+
+    Returns:
+        Indices of the options that stay, by choice, ascending.
+
+    Raises:
+        ValueError: if a table does not fit its choices, or no table is of one of the resources.
+    """  # noqa: DOC502
+    _check(choices, terms)
+    _known(terms, resources)
+    graph = _graph(choices, terms, resources)
+    return {c.name: kept.tolist() for c, kept in zip(choices, graph.undominated(ordered=nested).kept)}
 
 
-def _solve(
-    program: _Program, objective: Table, limits: Sequence[tuple[Table, float]], *, gap: float, seconds: float
-) -> tuple[Table | None, float]:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, vstack
-
-    width = objective.size
-    pad = width - program.equalities.shape[1]
-    equal = program.equalities
-    if pad:
-        equal = csr_array((equal.data, equal.indices, equal.indptr), shape=(equal.shape[0], width))
-    constraints = [LinearConstraint(equal, program.right, program.right)]
-    if limits:
-        lines = vstack([csr_array(line[None]) for line, _ in limits])
-        constraints.append(LinearConstraint(lines, -np.inf, np.asarray([limit for _, limit in limits])))
-    integrality = np.zeros(width)
-    integrality[: program.binaries] = 1
-    upper = np.ones(width)
-    upper[program.equalities.shape[1] :] = np.inf
-    with _stdout_to_stderr():
-        result = milp(
-            objective,
-            constraints=constraints,
-            integrality=integrality,
-            bounds=Bounds(np.zeros(width), upper),
-            options={"mip_rel_gap": gap, "time_limit": seconds, "disp": False},
-        )
-    return result.x, float(getattr(result, "mip_gap", 0.0) or 0.0)
+def _known(terms: Sequence[Term], resources: Sequence[str]) -> None:
+    known = {term.resource for term in terms}
+    unknown = [name for name in resources if name not in known]
+    if unknown:
+        raise ValueError(f"Limits on resources without a table: {unknown}; known: {sorted(known)}.")
 
 
-def _read(program: _Program, choices: Sequence[Choice], solution: Table) -> dict[str, int]:
-    return {
-        choice.name: int(solution[program.offsets[choice.name] :][: len(choice.options)].argmax()) for choice in choices
-    }
+def _check_limits(terms: Sequence[Term], limits: Sequence[Mapping[str, float]]) -> None:
+    for line in limits:
+        _known(terms, list(line))
+        for name, limit in line.items():
+            if not (np.isfinite(limit) and limit > 0):
+                raise ValueError(f"The limit of {name!r} must be positive and finite, got {limit}.")
+    for number, (loose, tight) in enumerate(itertools.pairwise(limits), 1):
+        for name, limit in loose.items():
+            if tight.get(name, np.inf) > limit:
+                raise ValueError(
+                    f"Budgets must go from the loosest to the tightest: {name!r} is limited to {limit} in budget "
+                    f"{number} and to {tight.get(name, 'nothing')} in budget {number + 1}. Sort the budgets, and "
+                    "repeat a limit that stays."
+                )
 
 
 def choose(
@@ -256,34 +201,86 @@ def choose(
         terms: Tables of loss and costs over them.
         limits: Largest total of each limited resource.
         gap: Relative gap at which solving may stop.
-        seconds: Longest time for solving.
+        seconds: Longest time for solving; the best plan found by then is returned, with its gap.
 
     Returns:
         The plan.
 
     Raises:
         ValueError: if a table does not fit its choices, or a limit is not positive or names an unknown resource.
-        InfeasibleError: if no combination keeps every limit; carries the totals that come nearest.
-    """  # noqa: DOC501, DOC502
+        InfeasibleError: if no combination keeps every limit, or none was found in time; carries the totals that come
+            nearest.
+    """  # noqa: DOC502
+    return _solve(choices, terms, [limits], weights=[1.0], gap=gap, seconds=seconds)[0]
+
+
+def choose_nested(
+    choices: Sequence[Choice],
+    terms: Sequence[Term],
+    *,
+    limits: Sequence[Mapping[str, float]],
+    weights: Sequence[float] | None = None,
+    gap: float = 1e-4,
+    seconds: float = 20.0,
+) -> list[Plan]:
+    """Solve for one plan a budget so that a tighter budget only ever adds to what a looser one decided.
+
+    Options are ordered from untouched to most compressed, budgets from loosest to tightest. Nested means: no choice's
+    option index decreases from one plan to the next, so one set of decisions, taken in steps, serves all budgets. What
+    is least is the weighted sum of the plans' predicted losses; each plan keeps its own limits.
+
+    Args:
+        choices: The decisions.
+        terms: Tables of loss and costs over them.
+        limits: For every budget the largest total of each limited resource; none rises from one budget to the next.
+        weights: How much each budget's loss counts; None for the same.
+        gap: Relative gap of the weighted sum at which solving may stop.
+        seconds: Longest time for solving; the best plans found by then are returned, with their gap.
+
+    Returns:
+        One plan a budget; all carry the same gap and time.
+
+    Raises:
+        ValueError: if a table does not fit its choices, or limits or weights are missing, wrong or not in order.
+        InfeasibleError: if a budget cannot be kept, or no plans were found in time; names the first such budget and
+            carries the totals that come nearest to it.
+    """  # noqa: DOC502
+    if not limits:
+        raise ValueError(f"Nested plans need the limits of one budget at least, got {list(limits)}.")
+    shares = [1.0] * len(limits) if weights is None else list(weights)
+    if len(shares) != len(limits) or not all(np.isfinite(w) and w > 0 for w in shares):
+        raise ValueError(f"Nested plans for {len(limits)} budgets need as many positive weights, got {shares}.")
+    return _solve(choices, terms, limits, weights=shares, gap=gap, seconds=seconds)
+
+
+def _solve(
+    choices: Sequence[Choice],
+    terms: Sequence[Term],
+    limits: Sequence[Mapping[str, float]],
+    *,
+    weights: Sequence[float],
+    gap: float,
+    seconds: float,
+) -> list[Plan]:
     start = time.perf_counter()
     _check(choices, terms)
-    program, constants = _build(choices, terms), _constants(terms)
-    unknown = [name for name in limits if name not in program.costs]
-    if unknown:
-        raise ValueError(f"Limits on resources without a table: {unknown}; known: {sorted(program.costs)}.")
-    for name, limit in limits.items():
-        if not (np.isfinite(limit) and limit > 0):
-            raise ValueError(f"The limit of {name!r} must be positive and finite, got {limit}.")
-    scaled = {
-        name: (program.costs[name] / limit, 1 - constants.get(name, 0.0) / limit) for name, limit in limits.items()
-    }
-    loss = program.costs.get("loss", np.zeros(program.equalities.shape[1]))
-    weight = max(float(loss.max(initial=0.0)), 1e-30)
-    solution, reached = _solve(program, loss / weight, list(scaled.values()), gap=gap, seconds=seconds)
-    if solution is None:
-        raise _infeasible(program, choices, terms, limits, scaled=scaled, seconds=seconds)
-    picks = _read(program, choices, solution)
-    return Plan(picks, total(terms, picks), reached, time.perf_counter() - start)
+    _check_limits(terms, limits)
+    limited = list(dict.fromkeys(name for line in limits for name in line))
+    graph = _graph(choices, terms, limited).undominated(ordered=len(limits) > 1)
+    table = np.asarray([[line.get(name, np.inf) for name in limited] for line in limits]).reshape(len(limits), -1)
+    found = program.solve(graph, np.asarray(weights), table, gap=gap, seconds=seconds)
+    if found.picks is None:
+        raise _infeasible(graph, choices, terms, limits=limits, table=table, found=found, seconds=seconds)
+    named = [_named(choices, line) for line in found.picks]
+    totals = [total(terms, picks) for picks in named]
+    value = sum(weight * line.get("loss", 0.0) for weight, line in zip(weights, totals))
+    reached = max(value - found.bound, 0.0) / value if value > 0 else 0.0
+    passed = time.perf_counter() - start
+    return [Plan(picks, line, reached, passed) for picks, line in zip(named, totals)]
+
+
+def _named(choices: Sequence[Choice], picks: Picks) -> dict[str, int]:
+    return {choice.name: int(option) for choice, option in zip(choices, picks)}
 
 
 def _show(name: str, value: float) -> str:
@@ -291,27 +288,29 @@ def _show(name: str, value: float) -> str:
 
 
 def _infeasible(
-    program: _Program,
+    graph: Graph,
     choices: Sequence[Choice],
     terms: Sequence[Term],
-    limits: Mapping[str, float],
     *,
-    scaled: Mapping[str, tuple[Table, float]],
+    limits: Sequence[Mapping[str, float]],
+    table: Table,
+    found: program.Found,
     seconds: float,
 ) -> InfeasibleError:
-    """Return the error for an impossible problem: limits stretched by the least common factor give the nearest plan."""
-    width = program.equalities.shape[1]
-    objective = np.zeros(width + 1)
-    objective[-1] = 1.0
-    lines = [(np.append(line, -1.0), right - 1) for line, right in scaled.values()]
-    solution, _ = _solve(program, objective, lines, gap=1e-3, seconds=seconds)
-    if solution is None:
-        return InfeasibleError(f"No plan was found within {seconds} s for the limits {dict(limits)}.", {})
-    nearest = total(terms, _read(program, choices, solution))
+    """Return the error for the first budget that cannot be kept, with the plan that comes nearest to it."""
+    for number, line in enumerate(limits):
+        nearest = total(terms, _named(choices, program.nearest(graph, table[number], seconds=seconds)))
+        if any(nearest[name] > limit * (1 + program.TOLERANCE) for name, limit in line.items()):
+            break
     text = ", ".join(
-        f"{name} {_show(name, nearest[name])} (limit {_show(name, limit)})" for name, limit in limits.items()
+        f"{name} {_show(name, nearest[name])} (limit {_show(name, limit)})" for name, limit in line.items()
     )
-    return InfeasibleError(
-        f"The budget is below the smallest plan. Nearest feasible: {text}. Raise the limits or allow more structures.",
-        nearest,
+    which = f"Budget {number + 1} of {len(limits)}" if len(limits) > 1 else "The budget"
+    if found.impossible:
+        advice = "Raise the limits or allow more structures."
+        return InfeasibleError(f"{which} is below the smallest plan. Nearest feasible: {text}. {advice}", nearest)
+    message = (
+        f"No plan was found within {seconds} s for the limits {[dict(line) for line in limits]}, and none was ruled "
+        f"out. Raise `seconds` or the limits. Nearest: {text}."
     )
+    return InfeasibleError(message, nearest, proved=False)
