@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eke.structures import Packed, UniformGrid
+from eke.structures import UniformGrid
 
 GRIDS = [UniformGrid(bits, group) for bits in range(1, 9) for group in (None, 1, 5, 100)]
 
@@ -45,9 +45,9 @@ def test_decode_inverts_encode_bit_for_bit(grid):
         p = grid.project(matrix(3, torch.float32), score)
         packed = grid.encode(p)
         assert torch.equal(grid.decode(packed, (7, 23)), p)
-        assert 8 * packed.bytes == grid.bits((7, 23))
-        assert packed.scales.dtype == torch.float32
-        assert packed.codes.dtype == torch.uint8
+        assert 8 * sum(tensor.nbytes for tensor in packed.values()) == grid.bits((7, 23))
+        assert packed["scales"].dtype == torch.float32
+        assert packed["codes"].dtype == torch.uint8
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,4 +161,4 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"needs scales \(4, 1\), got \(3, 1\)"):
         grid.decode(packed, (4, 5))
     with pytest.raises(ValueError, match="take 8 bytes, got 7"):
-        grid.decode(Packed(packed.codes[:-1], packed.scales), (3, 5))
+        grid.decode({**packed, "codes": packed["codes"][:-1]}, (3, 5))

@@ -19,6 +19,7 @@ MEMBERS = [
     Rows(0.5),
     LowRank(1),
     LowRank(3),
+    LowRank(0.4),
     UniformGrid(bits=1),
     UniformGrid(bits=4),
     UniformGrid(bits=8, group=5),
@@ -99,7 +100,7 @@ def test_scaling_by_a_power_of_two_commutes(structure):
 def test_bits_are_eight_times_the_packed_bytes(structure):
     v = matrix(7, torch.float32)
     packed = structure.encode(v)
-    assert structure.bits(SHAPE) == 8 * packed.bytes
+    assert structure.bits(SHAPE) == 8 * sum(tensor.nbytes for tensor in packed.values())
 
 
 @every_member
@@ -167,7 +168,9 @@ def test_weighted_low_rank_beats_gradient_steps_from_it():
         (lambda: Unstructured(0.0), ValueError, r"Unstructured needs a density in \(0, 1\], got 0.0"),
         (lambda: Rows(1.5), ValueError, r"Rows needs a density in \(0, 1\], got 1.5"),
         (lambda: NM(5, 4), ValueError, "got n=5, m=4"),
-        (lambda: LowRank(0), ValueError, "rank of at least 1, got 0"),
+        (lambda: LowRank(0), ValueError, r"rank of at least 1 or a share in \(0, 1\), got 0"),
+        (lambda: LowRank(1.5), ValueError, r"share in \(0, 1\), got 1.5"),
+        (lambda: LowRank(2, 4), TypeError, "UniformGrid or in float32, got 4"),
         (lambda: NM(2, 4).project(torch.ones(2, 6)), ValueError, r"columns divisible by 4, got \(2, 6\)"),
         (lambda: LowRank(3).project(torch.ones(2, 6)), ValueError, r"min\(m, n\) >= 3, got \(2, 6\)"),
         (lambda: Both(LowRank(2), UniformGrid(4)), TypeError, r"Unstructured, NM or Rows.*got LowRank\(rank=2\)"),
@@ -183,3 +186,23 @@ def test_weighted_low_rank_beats_gradient_steps_from_it():
 def test_bad_arguments_are_named(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("rank", [2, 0.4])
+def test_factors_on_a_grid_are_stored_as_they_are_projected(rank):
+    v, structure = matrix(12, torch.float32), LowRank(rank, UniformGrid(4))
+    packed = structure.encode(v)
+    assert structure.bits(SHAPE) == 8 * sum(tensor.nbytes for tensor in packed.values())
+    torch.testing.assert_close(structure.decode(packed, SHAPE), structure.project(v), rtol=1e-5, atol=1e-5)
+    assert int(torch.linalg.matrix_rank(structure.project(v).double(), rtol=1e-5)) == 2
+    assert structure.exactness == "heuristic"
+
+
+def test_factors_on_a_fine_grid_are_near_the_closest_matrix_of_the_rank():
+    v = matrix(13)
+    exact, rounded = LowRank(3).project(v), LowRank(3, UniformGrid(8)).project(v)
+    assert float((exact - rounded).norm()) < 0.02 * float(exact.norm())
+
+
+def test_a_share_is_a_rank_of_the_smaller_side():
+    assert [LowRank(0.4).rank_of(shape) for shape in ((6, 16), (16, 6), (1, 9), (100, 50))] == [2, 2, 1, 20]

@@ -1,4 +1,4 @@
-"""Make the planned model: a new one, cut, its survivors compensated, its normalisations recalibrated.
+"""Make the planned model: a new one, cut, its survivors compensated, its matrices replaced, its normalisations renewed.
 
 The user's model is never touched: every function here works on a copy of its own or says `_`.
 """
@@ -7,57 +7,198 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..curvature import Curvature
+from ..linalg import Metric
 from ..sites import Site, Surgery, find
 from ..solvers import remove_columns
-from ..structures import UniformGrid
+from ..structures import LowRank, Structure
 from .artifact import Blueprint
-from .candidates import Grids, Widths
-from .deploy import Pair, fold_batchnorm_, set_memory_format_
+from .blocks import leave_out_
+from .candidates import Decisions, Solver, fitting
+from .deploy import Pair
+from .factor import factor_, fill_
 from .lessons import Lessons
 from .task import Forward
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def surgery(widths: Sequence[Widths], picks: Mapping[str, int]) -> Surgery:
-    """Return the surgery of a plan.
+@dataclass(frozen=True)
+class Layout:
+    """What costs no quality and is the same for every plan.
 
     Args:
-        widths: Candidates of the channel groups.
-        picks: Option index by decision.
+        folded: Pairs of layer and normalisation to fold.
+        memory_format: "contiguous" or "channels_last".
+    """
+
+    folded: tuple[Pair, ...] = ()
+    memory_format: str = "contiguous"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A planned model before recovery.
+
+    Args:
+        net: Cut and factored, survivors compensated; its other matrices are still free.
+        blueprint: What was done, and what each matrix must become.
+        members: What the solver made of each matrix with a structure, by site name.
+    """
+
+    net: nn.Module
+    blueprint: Blueprint
+    members: Mapping[str, Tensor]
+
+    def finished(self) -> nn.Module:
+        """Return a copy whose matrices are the members that the solver found."""
+        net = copy.deepcopy(self.net)
+        self.finish_(net)
+        return net
+
+    def finish_(self, net: nn.Module) -> None:
+        """Write the members into `net`, in place."""
+        for site in find(net):
+            if site.name in self.members:
+                site.write_(net, self.members[site.name])
+
+
+def stays(site: Site, surgery: Surgery) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of a site's matrix that a surgery leaves, as indices."""
+    m, n = site.shape
+    index = torch.arange(m * n).view(m, n)
+    stored = index.t() if site.transposed else index
+    stored = stored.reshape(site.stored_shape)
+    for dim, kept in surgery.slices.get(site.parameter_name, {}).items():
+        stored = stored.index_select(dim, torch.tensor(kept))
+    left = stored.t() if site.transposed else stored.reshape(stored.shape[0], -1)
+    return left[:, 0] // n, left[0] % n
+
+
+def blueprint(decisions: Decisions, picks: Mapping[str, int], layout: Layout) -> Blueprint:
+    """Return what a plan does to the architecture.
+
+    Args:
+        decisions: The candidates.
+        picks: Option index by decision; absent ones leave things as they are.
+        layout: Folding and memory format.
 
     Returns:
-        The surgery, empty if all channels stay.
+        The blueprint. A structure that has no member of the shape that is left after cutting is dropped.
     """
-    chosen = [(width, picks.get(width.choice, 0)) for width in widths]
-    return Surgery.merge(width.group.cut(width.keep(option)) for width, option in chosen if option)
+    surgery = decisions.surgery(picks)
+    sites = {form.site.name: form.site for form in decisions.forms}
+    structures: dict[str, Structure] = {}
+    factored: dict[str, int] = {}
+    for name, structure in decisions.structures(picks).items():
+        site = sites[name]
+        shape = left_shape(site, surgery)
+        fit = fitting(structure, shape)
+        if isinstance(fit, LowRank):
+            factored[site.module_name] = fit.rank_of(shape)
+            if fit.grid is not None:
+                structures |= {f"{name}.0": fit.grid, f"{name}.1": fit.grid}
+        elif fit is not None:
+            structures[name] = fit
+    return Blueprint(surgery, layout.folded, layout.memory_format, structures, decisions.removed(picks), factored)
 
 
-def shaped(model: nn.Module, cuts: Surgery, *, folded: Sequence[Pair], memory_format: str) -> nn.Module:
-    """Return a net of the planned shape for measurements, in evaluation mode; its values are not compensated.
+def left_shape(site: Site, surgery: Surgery) -> tuple[int, int]:
+    """Return the shape of a site's matrix after a surgery."""
+    if site.parameter_name not in surgery.slices or site.kind == "conv_transpose" or site.groups > 1:
+        slices = surgery.slices.get(site.parameter_name, {})
+        sizes = [len(slices.get(dim, range(size))) for dim, size in enumerate(site.stored_shape)]
+        first = 1 if site.transposed or site.kind == "conv_transpose" else 0
+        rows = site.shape[0] * sizes[first] // site.stored_shape[first]
+        return rows, torch.Size(sizes).numel() // max(1, rows)
+    left = stays(site, surgery)
+    return len(left[0]), len(left[1])
+
+
+def shaped(model: nn.Module, form: Blueprint) -> nn.Module:
+    """Return a net of the planned shape for measurements, in evaluation mode; its values are not right.
 
     Args:
         model: The original.
-        cuts: Channels that stay.
-        folded: Pairs to fold.
-        memory_format: "contiguous" or "channels_last".
+        form: What to do to it.
 
     Returns:
         A new model.
     """
     net = copy.deepcopy(model).eval()
-    Blueprint(cuts, tuple(folded), memory_format, {}).reshape_(net)
+    form.reshape_(net)
     return net
+
+
+def draft(
+    model: nn.Module,
+    decisions: Decisions,
+    picks: Mapping[str, int],
+    *,
+    sites: Sequence[Site],
+    curvature: Curvature,
+    solver: Solver,
+    layout: Layout,
+) -> Draft:
+    """Carry out a plan: cut and compensate, leave blocks out, factor, and find the member of each structure.
+
+    Args:
+        model: The original.
+        decisions: The candidates.
+        picks: Option index by decision.
+        sites: The model's matrices.
+        curvature: At these.
+        solver: Finds members, in the metric of what is left of each matrix.
+        layout: Folding and memory format; applied later.
+
+    Returns:
+        The model and what its matrices must become.
+    """
+    form = blueprint(decisions, picks, layout)
+    net = cut(model, decisions, picks, sites=sites, curvature=curvature)
+    for name, kind in form.removed.items():
+        leave_out_(net, name, kind)
+    here = {site.name: site for site in find(net)}
+    members: dict[str, Tensor] = {}
+    for site in (f.site for f in decisions.forms):
+        rank = form.factored.get(site.module_name)
+        structure = LowRank(rank) if rank is not None else form.structures.get(site.name)
+        if structure is None:
+            continue
+        matrix = here[site.name].read(net)
+        member = _member(structure, matrix, curvature, site, form.surgery, solver)
+        if rank is None:
+            members[site.name] = member
+            continue
+        left, right = LowRank(rank).factors(member)
+        factor_(net, here[site.name], rank)
+        fill_(net, site.name, left, right)
+        for part, factor in ((f"{site.name}.0", right), (f"{site.name}.1", left)):
+            if part in form.structures:
+                members[part] = form.structures[part].project(factor.float())
+    return Draft(net, form, members)
+
+
+def _member(
+    structure: Structure, matrix: Tensor, curvature: Curvature, site: Site, surgery: Surgery, solver: Solver
+) -> Tensor:
+    factors = curvature.factors(site.name)
+    if site.groups > 1 or site.kind == "conv_transpose":
+        score = factors.diagonal.to(matrix) if tuple(matrix.shape) == site.shape else None
+        return structure.project(matrix, score)
+    rows, columns = stays(site, surgery)
+    a, g = factors.a[0][columns][:, columns], factors.g[0][rows][:, rows]
+    return solver(structure, matrix, Metric(a, g))
 
 
 def cut(
     model: nn.Module,
-    widths: Sequence[Widths],
+    decisions: Decisions,
     picks: Mapping[str, int],
     *,
     sites: Sequence[Site],
@@ -67,7 +208,7 @@ def cut(
 
     Args:
         model: The original.
-        widths: Candidates of the channel groups.
+        decisions: The candidates.
         picks: Option index by decision.
         sites: The model's matrices.
         curvature: Second moments of their inputs.
@@ -77,8 +218,8 @@ def cut(
     """
     net = copy.deepcopy(model).eval()
     by_module = {site.module_name: site for site in sites if site.name in curvature.names}
-    columns: dict[str, list[torch.Tensor]] = {}
-    for width in widths:
+    columns: dict[str, list[Tensor]] = {}
+    for width in decisions.widths:
         option = picks.get(width.choice, 0)
         if option:
             dropped = width.group.dropped(width.keep(option))
@@ -89,7 +230,7 @@ def cut(
         if site is None:
             continue
         _compensate_(net, site, torch.cat(parts), curvature)
-    surgery(widths, picks).apply_(net)
+    decisions.surgery(picks).apply_(net)
     return net
 
 
@@ -151,48 +292,31 @@ def recalibrate_(
             norm.training = False
 
 
-def grids_of(grids: Sequence[Grids], picks: Mapping[str, int]) -> dict[str, UniformGrid]:
-    """Return the chosen grid of each matrix that gets one, by site name.
+def on_structures(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, tuple[Site, Structure]]:
+    """Pair the sites of a planned model with their structures.
 
     Args:
-        grids: Candidates of the matrices.
-        picks: Option index by decision.
+        model: The planned model.
+        structures: Structure by site name.
 
     Returns:
-        Grids by site name.
+        Site of this model and structure, by site name.
     """
-    chosen = {grid.site.name: grid.structures[picks[grid.choice]] for grid in grids}
-    return {name: structure for name, structure in chosen.items() if isinstance(structure, UniformGrid)}
+    return {site.name: (site, structures[site.name]) for site in find(model) if site.name in structures}
 
 
-def on_grids(model: nn.Module, grids: Mapping[str, UniformGrid]) -> dict[str, tuple[Site, UniformGrid]]:
-    """Pair the sites of a cut model with their grids.
-
-    Args:
-        model: The cut model.
-        grids: Grid by site name.
-
-    Returns:
-        Site of this model and grid, by site name.
-    """
-    return {site.name: (site, grids[site.name]) for site in find(model) if site.name in grids}
-
-
-def deploy_(model: nn.Module, *, folded: Sequence[Pair], memory_format: str, grids: Mapping[str, UniformGrid]) -> None:
-    """Project the matrices on their grids, fold, project again and set the memory format, in place.
+def deploy_(model: nn.Module, form: Blueprint) -> None:
+    """Project the matrices on their structures, fold, project again and set the memory format, in place.
 
     Folding multiplies each row, which a grid with one scale a row follows up to the rounding of that scale: the codes
     stay, and the second projection puts the products back on the grid exactly.
 
     Args:
         model: The recovered model.
-        folded: Pairs to fold.
-        memory_format: "contiguous" or "channels_last".
-        grids: Grid by site name.
+        form: Its blueprint.
     """
-    for site, grid in on_grids(model, grids).values():
-        site.write_(model, grid.project(site.read(model)))
-    fold_batchnorm_(model, folded)
-    for site, grid in on_grids(model, grids).values():
-        site.write_(model, grid.project(site.read(model)))
-    set_memory_format_(model, memory_format)
+    for site, structure in on_structures(model, form.structures).values():
+        site.write_(model, structure.project(site.read(model)))
+    form.finish_(model)
+    for site, structure in on_structures(model, form.structures).values():
+        site.write_(model, structure.project(site.read(model)))

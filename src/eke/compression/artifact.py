@@ -1,7 +1,7 @@
 """The artifact: a folder that rebuilds the compressed model on the user's own architecture, bit for bit.
 
-    model.safetensors  codes and scales of packed matrices, everything else as it is
-    plan.json          surgery, folded pairs, memory format, grids, and the SHA-256 of the weights
+    model.safetensors  packed matrices (codes, scales, supports), everything else as it is
+    plan.json          surgery, folded pairs, memory format, structures, and the SHA-256 of the weights
     recipe.yaml        what to run to get it again
     report.json/.html  what was measured
 
@@ -12,10 +12,11 @@ normalisations are folded away, and its tensors are filled from the file.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..sites import Site, Surgery, find, unwrap
-from ..structures import Packed, UniformGrid
+from ..structures import NM, Both, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
+from .blocks import leave_out_
+from .candidates import BlockKind
 from .checkpoint import read_json, read_tensors, sha256, write_json, write_tensors
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
+from .factor import factor_
 
-FORMAT = "eke artifact 1"
+FORMAT = "eke artifact 2"
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
 
@@ -39,19 +43,59 @@ class Blueprint:
         surgery: Channels that stay.
         folded: Pairs of layer and normalisation.
         memory_format: "contiguous" or "channels_last".
-        grids: Grid of each packed matrix by site name.
+        structures: Structure of each packed matrix by site name, in the reshaped model.
+        removed: What the modules became that were left out, by name.
+        factored: Rank of each module that became two, by name.
     """
 
     surgery: Surgery
     folded: tuple[Pair, ...]
     memory_format: str
-    grids: Mapping[str, UniformGrid]
+    structures: Mapping[str, Structure]
+    removed: Mapping[str, BlockKind] = field(default_factory=dict)
+    factored: Mapping[str, int] = field(default_factory=dict)
+
+    def shape_(self, model: nn.Module) -> None:
+        """Cut, leave out and factor a model of the original architecture in place.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: if the model lacks a module that is factored.
+        """
+        self.surgery.apply_(model)
+        for name, kind in self.removed.items():
+            leave_out_(model, name, kind)
+        if self.factored:
+            by_module = {site.module_name: site for site in find(model)}
+            unknown = sorted(set(self.factored) - set(by_module))
+            if unknown:
+                raise ValueError(
+                    f"The plan factors {unknown[:4]}, which this model lacks: build the same architecture."
+                )
+            for name, rank in self.factored.items():
+                factor_(model, by_module[name], rank)
+
+    def finish_(self, model: nn.Module) -> None:
+        """Fold and lay out a model after `shape_` in place."""
+        fold_batchnorm_(model, self.pairs)
+        set_memory_format_(model, self.memory_format)
 
     def reshape_(self, model: nn.Module) -> None:
-        """Cut, fold and lay out a model of the original architecture in place; its values are not yet right."""
-        self.surgery.apply_(model)
-        fold_batchnorm_(model, self.folded)
-        set_memory_format_(model, self.memory_format)
+        """Bring a model of the original architecture into this form in place; its values are not yet right."""
+        self.shape_(model)
+        self.finish_(model)
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pairs to fold in the reshaped model: of a factored layer the second factor, none in what was left out."""
+
+        def gone(name: str) -> bool:
+            return any(name == module or name.startswith(f"{module}.") for module in self.removed)
+
+        stay = [pair for pair in self.folded if not gone(pair[0]) and not gone(pair[1])]
+        return tuple((f"{layer}.1" if layer in self.factored else layer, norm) for layer, norm in stay)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -59,84 +103,147 @@ class Blueprint:
             "surgery": self.surgery.to_json(),
             "folded": [list(pair) for pair in self.folded],
             "memory_format": self.memory_format,
-            "grids": {name: {"bits": grid.code_bits, "group": grid.group} for name, grid in self.grids.items()},
+            "structures": {name: structure_to_json(s) for name, s in self.structures.items()},
+            "removed": dict(self.removed),
+            "factored": dict(self.factored),
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Blueprint:
+    def from_json(cls, document: Mapping[str, Any], *, structures: Sequence[Structure] = ()) -> Blueprint:
         """Rebuild from `to_json`.
 
         Args:
             document: Its result.
+            structures: Structures from outside eke that it may name.
 
         Returns:
             The blueprint.
 
         Raises:
-            ValueError: if a key is missing.
+            ValueError: if a key is missing, or a structure is not known.
         """
-        missing = {"surgery", "folded", "memory_format", "grids"} - set(document)
+        missing = {"surgery", "folded", "memory_format", "structures", "removed", "factored"} - set(document)
         if missing:
             raise ValueError(f"The plan lacks {sorted(missing)}: it is not a plan of this version of eke.")
         return cls(
             Surgery.from_json(document["surgery"]),
             tuple((str(layer), str(norm)) for layer, norm in document["folded"]),
             str(document["memory_format"]),
-            {name: UniformGrid(int(g["bits"]), g["group"]) for name, g in document["grids"].items()},
+            {name: structure_from_json(found, outside=structures) for name, found in document["structures"].items()},
+            dict(document["removed"]),
+            {str(name): int(rank) for name, rank in document["factored"].items()},
         )
+
+
+def structure_to_json(structure: Structure) -> dict[str, Any]:
+    """Return a structure as plain values: class and arguments of eke's own, the text of others."""
+    if isinstance(structure, UniformGrid):
+        return {"kind": "UniformGrid", "bits": structure.code_bits, "group": structure.group}
+    if type(structure) in _KINDS.values() and dataclasses.is_dataclass(structure):
+        parts = {f.name: getattr(structure, f.name) for f in dataclasses.fields(structure)}
+        plain = {k: structure_to_json(v) if isinstance(v, Structure) else v for k, v in parts.items()}
+        return {"kind": type(structure).__name__, **plain}
+    return {"kind": "outside", "text": repr(structure)}
+
+
+def structure_from_json(document: Mapping[str, Any], *, outside: Sequence[Structure] = ()) -> Structure:
+    """Rebuild a structure from `structure_to_json`.
+
+    Args:
+        document: Its result.
+        outside: Structures from outside eke, recognised by their text.
+
+    Returns:
+        The structure.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    kind = document.get("kind")
+    if kind == "outside":
+        for structure in outside:
+            if repr(structure) == document["text"]:
+                return structure
+        raise ValueError(
+            f"The plan uses the structure {document['text']!r}, which is not eke's own: pass it, "
+            "load(folder, model, structures=[...])."
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"The plan names the structure {kind!r}; this version of eke knows {sorted(_KINDS)}.")
+    found: Structure = _KINDS[kind](**{
+        k: structure_from_json(v) if isinstance(v, Mapping) else v for k, v in document.items() if k != "kind"
+    })
+    return found
+
+
+_KINDS: dict[str, Any] = {k.__name__: k for k in (Both, LowRank, NM, Rows, UniformGrid, Unstructured)}
 
 
 def _by_name(model: nn.Module) -> dict[str, Site]:
     return {site.name: site for site in find(model)}
 
 
-def pack(model: nn.Module, grids: Mapping[str, UniformGrid]) -> dict[str, Tensor]:
-    """Return the tensors to store: matrices on grids as codes and scales, tied tensors once.
+def packed_parts(structure: Structure, matrix: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that a member (m, n) is stored as; float32 values where the structure does not pack."""
+    if isinstance(structure, Packable):
+        return dict(structure.encode(matrix))
+    return {"values": matrix.float()}
+
+
+def stored_bits(structure: Structure | None, shape: tuple[int, int]) -> int:
+    """Return the bits that a matrix (m, n) takes in an artifact."""
+    if structure is None or not isinstance(structure, Packable):
+        return 32 * shape[0] * shape[1]
+    return structure.bits(shape)
+
+
+def pack(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, Tensor]:
+    """Return the tensors to store: matrices of a structure packed, tied tensors once.
 
     Args:
-        model: The compressed model, its matrices on their grids.
-        grids: Grid by site name.
+        model: The compressed model, its matrices members of their structures.
+        structures: Structure by site name.
 
     Returns:
         Tensors by name.
     """
     sites = _by_name(model)
-    packed = {sites[name].parameter_name: grid for name, grid in grids.items()}
+    packed = {sites[name].parameter_name for name in structures}
     aliases = {other for site in sites.values() for other in site.tied}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name in packed or name in aliases:
             continue
         tensors[name] = tensor
-    for name, grid in grids.items():
-        stored = grid.encode(sites[name].read(model))
-        tensors[f"{sites[name].parameter_name}:codes"] = stored.codes
-        tensors[f"{sites[name].parameter_name}:scales"] = stored.scales
+    for name, structure in structures.items():
+        for part, values in packed_parts(structure, sites[name].read(model)).items():
+            tensors[f"{sites[name].parameter_name}:{part}"] = values
     return tensors
 
 
-def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str, UniformGrid]) -> None:
+def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> None:
     """Fill a reshaped model from stored tensors.
 
     Args:
         model: The user's architecture after `Blueprint.reshape_`.
         tensors: From `pack`.
-        grids: Grid by site name.
+        structures: Structure by site name.
 
     Raises:
         ValueError: if a tensor is missing, unknown, or of another shape or dtype.
     """
     sites = _by_name(model)
-    unknown = sorted(set(grids) - set(sites))
+    unknown = sorted(set(structures) - set(sites))
     if unknown:
         raise ValueError(
             f"The artifact packs {unknown[:4]}, which this model does not have: build the same architecture."
         )
     state = model.state_dict()
-    packed = {sites[name].parameter_name for name in grids}
+    packed = {sites[name].parameter_name: s for name, s in structures.items()}
     aliases = {other for site in sites.values() for other in site.tied}
     plain = {name for name in state if name not in packed and name not in aliases}
-    wanted = plain | {f"{name}:{part}" for name in packed for part in ("codes", "scales")}
+    parts = {name: [key for key in tensors if key.startswith(f"{name}:")] for name in packed}
+    wanted = plain | {key for name, keys in parts.items() for key in keys or [f"{name}:codes"]}
     if wanted != set(tensors):
         odd = sorted(wanted ^ set(tensors))[:6]
         raise ValueError(f"Model and artifact differ in the tensors {odd}: build the architecture that was compressed.")
@@ -149,10 +256,11 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], grids: Mapping[str,
                     f"{tuple(theirs.shape)} in the artifact: build the architecture that was compressed, in its dtype."
                 )
             ours.copy_(theirs)
-        for name, grid in grids.items():
+        for name, structure in structures.items():
             site = sites[name]
-            stored = Packed(tensors[f"{site.parameter_name}:codes"], tensors[f"{site.parameter_name}:scales"])
-            site.write_(model, grid.decode(stored, site.shape))
+            stored = {key.rpartition(":")[2]: tensors[key] for key in parts[site.parameter_name]}
+            matrix = structure.decode(stored, site.shape) if isinstance(structure, Packable) else stored["values"]
+            site.write_(model, matrix)
 
 
 def state_digest(model: nn.Module) -> str:
@@ -183,7 +291,7 @@ def save(
         checks: What a later verification compares with, such as the score on the selection split.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, pack(model, blueprint.grids), {"format": FORMAT})
+    write_tensors(folder / WEIGHTS, pack(model, blueprint.structures), {"format": FORMAT})
     document = {
         "format": FORMAT,
         "eke": __version__,
@@ -196,12 +304,13 @@ def save(
     write_json(folder / PLAN, document)
 
 
-def load(folder: str | pathlib.Path, model: nn.Module) -> nn.Module:
+def load(folder: str | pathlib.Path, model: nn.Module, *, structures: Sequence[Structure] = ()) -> nn.Module:
     """Rebuild the compressed model from an artifact.
 
     Args:
         folder: The artifact.
         model: A model of the original architecture, with any weights; it is not changed.
+        structures: Structures from outside eke that the artifact uses.
 
     Returns:
         A new model in evaluation mode, equal to the saved one bit for bit.
@@ -212,11 +321,11 @@ def load(folder: str | pathlib.Path, model: nn.Module) -> nn.Module:
     """  # noqa: DOC502
     folder = pathlib.Path(folder)
     document = read_plan(folder)
-    blueprint = Blueprint.from_json(document)
+    blueprint = Blueprint.from_json(document, structures=structures)
     tensors, _ = read_tensors(folder / WEIGHTS)
     rebuilt = copy.deepcopy(unwrap(model)).eval()
     blueprint.reshape_(rebuilt)
-    unpack_(rebuilt, tensors, blueprint.grids)
+    unpack_(rebuilt, tensors, blueprint.structures)
     return rebuilt
 
 

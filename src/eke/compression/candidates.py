@@ -1,26 +1,45 @@
 """Candidates: every change that could be made, each with the loss that it is predicted to cost.
 
 A channel group may keep fewer of its channels. Which go first is decided by block-OBS over all matrices that read them,
-each removal with the survivors' least-squares compensation (`solvers`); a candidate's predicted loss is that of the
-curvature, 1/2 tr(D^T G D A), summed over the readers. A matrix may be stored on a grid of fewer bits; its candidate's
-loss is that of the rounding alone.
+each removal with the survivors' least-squares compensation (`solvers`). A matrix may be replaced by a member of a
+structure (a grid, a support, a rank, several at once); a solver finds the member. A block that maps a tensor to one of
+its shape may be left out. The predicted loss of a change D of matrices is that of the curvature to second order,
+<gradient, D> + 1/2 tr(D^T G D A) with corrected eigenvalues; changes of several matrices add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..curvature import Curvature
-from ..sites import ChannelGroup, Site
-from ..solvers import Consumer, greedy_removal
-from ..structures import Structure
+from ..linalg import Metric
+from ..sites import ChannelGroup, Site, Surgery
+from ..solvers import Consumer, greedy_removal, remove_columns, sweep, weighted_low_rank
+from ..structures import NM, Both, LowRank, Structure, Supported, Sweepable, UniformGrid, Unstructured
 
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of a channel group that may stay."""
+
+STRUCTURES: tuple[Structure, ...] = (
+    *(UniformGrid(bits) for bits in (8, 6, 5, 4, 3)),
+    Both(Unstructured(0.5), UniformGrid(4)),
+    Both(NM(2, 4), UniformGrid(4)),
+    Both(Unstructured(0.25), UniformGrid(4)),
+    LowRank(0.5, UniformGrid(6)),
+    LowRank(0.25, UniformGrid(6)),
+)
+"""Structures that matrices may take by default."""
+
+Solver = Callable[[Structure, Tensor, Metric], Tensor]
+"""`solver(structure, weight, metric)`: a member of the structure (m, n) near the weight in the metric."""
+
+FLOOR = 0.1
+"""Least share of the quadratic term that a falling slope leaves of a predicted loss."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +69,12 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Grids:
-    """Candidates of one matrix: how its entries are stored.
+class Forms:
+    """Candidates of one matrix: what it may become.
 
     Args:
         site: The matrix.
-        structures: One a candidate; None stores float32 and is always the last.
+        structures: One a candidate, from most to fewest stored bits; the first is None and leaves it as it is.
         losses: Predicted loss of each candidate.
     """
 
@@ -66,7 +85,143 @@ class Grids:
     @property
     def choice(self) -> str:
         """Name of the decision."""
-        return f"bits:{self.site.name}"
+        return f"matrix:{self.site.name}"
+
+    @property
+    def ranks(self) -> bool:
+        """Whether a candidate replaces the matrix by two factors."""
+        return any(isinstance(structure, LowRank) for structure in self.structures)
+
+
+BlockKind = Literal["identity", "zero"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The candidate to leave a module out.
+
+    Args:
+        name: Of the module.
+        kind: What it becomes: its input, or zero (a branch whose shortcut is added outside).
+        loss: Predicted loss of that.
+    """
+
+    name: str
+    kind: BlockKind
+    loss: float
+
+    @property
+    def choice(self) -> str:
+        """Name of the decision; option 0 keeps the module, option 1 leaves it out."""
+        return f"block:{self.name}"
+
+    def holds(self, module_name: str) -> bool:
+        """Return whether a module is this one or inside it."""
+        return module_name == self.name or module_name.startswith(f"{self.name}.")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Everything that may be decided about a model."""
+
+    widths: tuple[Widths, ...] = ()
+    forms: tuple[Forms, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def losses(self) -> dict[str, tuple[float, ...]]:
+        """Predicted losses of the options, by decision."""
+        found = {w.choice: w.losses for w in self.widths} | {f.choice: f.losses for f in self.forms}
+        return found | {b.choice: (0.0, b.loss) for b in self.blocks}
+
+    def with_losses(self, losses: Mapping[str, Sequence[float]]) -> Decisions:
+        """Return the same decisions with other predicted losses."""
+        return Decisions(
+            tuple(replace(w, losses=tuple(losses[w.choice])) for w in self.widths),
+            tuple(replace(f, losses=tuple(losses[f.choice])) for f in self.forms),
+            tuple(replace(b, loss=float(losses[b.choice][1])) for b in self.blocks),
+        )
+
+    def surgery(self, picks: Mapping[str, int]) -> Surgery:
+        """Return the channels that stay under a plan; the empty surgery if all do."""
+        chosen = [(width, picks.get(width.choice, 0)) for width in self.widths]
+        return Surgery.merge(width.group.cut(width.keep(option)) for width, option in chosen if option)
+
+    def removed(self, picks: Mapping[str, int]) -> dict[str, BlockKind]:
+        """Return what the modules become that a plan leaves out, by name."""
+        return {block.name: block.kind for block in self.blocks if picks.get(block.choice, 0)}
+
+    def structures(self, picks: Mapping[str, int]) -> dict[str, Structure]:
+        """Return the structure of each matrix that a plan replaces and keeps, by site name."""
+        gone = [block for block in self.blocks if picks.get(block.choice, 0)]
+        found = {}
+        for form in self.forms:
+            structure = form.structures[picks.get(form.choice, 0)]
+            if structure is not None and not any(block.holds(form.site.module_name) for block in gone):
+                found[form.site.name] = structure
+        return found
+
+    def block_of(self, module_name: str) -> Block | None:
+        """Return the block that holds a module."""
+        return next((block for block in self.blocks if block.holds(module_name)), None)
+
+
+def fitting(structure: Structure, shape: tuple[int, int]) -> Structure | None:
+    """Return the structure, or None (stay as it is) where it has no member of this shape."""
+    try:
+        structure.check(shape)
+    except ValueError:
+        return None
+    return structure
+
+
+def quick(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
+    """Return a good member in one step, the default where recovery follows: a sweep for supports, the closed form for
+    ranks, the projection weighted by the metric's diagonal for all else.
+    """  # noqa: D205
+    if isinstance(structure, LowRank):
+        return structure.project(weighted_low_rank(structure, weight, metric))
+    if isinstance(structure, Supported) and isinstance(structure, Sweepable):
+        return sweep(structure, weight, metric, revisits=0).weight
+    return structure.project(weight, metric.score((weight.shape[0], weight.shape[1])).to(weight))
+
+
+def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: Site, *, solver: Solver) -> Tensor:
+    """Return what a solver makes of a site's matrix.
+
+    Args:
+        structure: A structure that has members of this shape.
+        weight: The matrix (m, n).
+        curvature: With factors of the site.
+        site: The site, with groups it is only projected.
+        solver: Finds the member.
+
+    Returns:
+        (m, n), float64.
+
+    Raises:
+        ValueError: if the solver's matrix has another shape or values that are not finite.
+    """
+    factors = curvature.factors(site.name)
+    if site.groups > 1:
+        return structure.project(weight, factors.diagonal.to(weight)).double()
+    found = solver(structure, weight, Metric(factors.a[0], factors.g[0]))
+    if found.shape != weight.shape or not bool(torch.isfinite(found).all()):
+        raise ValueError(
+            f"The solver returned {tuple(found.shape)} with {int((~torch.isfinite(found)).sum())} values that are not "
+            f"finite for {structure} at {site.name!r}, a matrix {tuple(weight.shape)}."
+        )
+    return found.double()
+
+
+def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> float:
+    """Return the predicted loss of changes of matrices, by site name.
+
+    The slope is that of the data seen; where it promises more than the quadratic term costs, a tenth of that stays.
+    """
+    quadratic = sum(max(0.0, curvature.quadratic(name, delta)) for name, delta in changes.items())
+    slope = sum(curvature.linear(name, delta) for name, delta in changes.items())
+    return max(quadratic + slope, FLOOR * quadratic)
 
 
 def kept_counts(size: int, *, multiple: int = 8, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
@@ -133,21 +288,45 @@ def channel_candidates(
         removal = greedy_removal(consumers, group.size - kept[-1])
         gone = [int(channel) for channel in removal.channels]
         order = (*gone, *sorted(set(range(group.size)) - set(gone)))
-        losses = (0.0, *(max(0.0, float(removal.losses[group.size - count - 1])) for count in kept[1:]))
-        proposed.append(Widths(group, kept, order, losses))
+        names = [by_module[member.module_name].name for member in group.consumers]
+        losses = [0.0]
+        for count in kept[1:]:
+            units = torch.tensor(gone[: group.size - count])
+            changes = {name: _without(consumer, units) for name, consumer in zip(names, consumers)}
+            losses.append(max(losses[-1], predicted(curvature, changes)))
+        proposed.append(Widths(group, kept, order, tuple(losses)))
     return proposed
 
 
-def grid_candidates(
-    model: nn.Module, sites: Sequence[Site], curvature: Curvature, structures: Sequence[Structure]
-) -> list[Grids]:
-    """Propose grids for every matrix with a known curvature.
+def _without(consumer: Consumer, units: Tensor) -> Tensor:
+    """Return the change (m, n) of a matrix that loses the columns of some units and is compensated."""
+    removed = consumer.blocks[units].flatten()
+    left = remove_columns(consumer.weight, consumer.a, removed, g=consumer.g).weight
+    stays = torch.ones(consumer.weight.shape[1], dtype=torch.bool)
+    stays[removed] = False
+    change = -consumer.weight.double()
+    change[:, stays] += left.double()
+    return change
+
+
+def form_candidates(
+    model: nn.Module,
+    sites: Sequence[Site],
+    curvature: Curvature,
+    structures: Sequence[Structure],
+    *,
+    solver: Solver = quick,
+    factorable: Sequence[str] = (),
+) -> list[Forms]:
+    """Propose structures for every matrix with a known curvature; where one has no member of the shape it is left out.
 
     Args:
         model: The model.
         sites: The model's matrices.
         curvature: Estimated at the hookable ones.
-        structures: Grids to consider.
+        structures: Structures to consider.
+        solver: Finds a member.
+        factorable: Names of the sites that may become two factors.
 
     Returns:
         Candidates, one entry a matrix.
@@ -157,19 +336,32 @@ def grid_candidates(
         if site.name not in curvature.names:
             continue
         matrix = site.read(model)
-        score = curvature.diagonal(site.name).to(matrix)
-        losses = [
-            max(0.0, float(curvature.quadratic(site.name, s.project(matrix, score) - matrix))) for s in structures
-        ]
-        proposed.append(Grids(site, (*structures, None), (*losses, 0.0)))
+        fit = offered(site, structures, factorable)
+        losses = []
+        for structure in fit:
+            change = replaced(structure, matrix, curvature, site, solver=solver) - matrix.double()
+            losses.append(predicted(curvature, {site.name: change}))
+        proposed.append(Forms(site, (None, *fit), (0.0, *losses)))
     return proposed
 
 
-def to_json(widths: Sequence[Widths], grids: Sequence[Grids]) -> dict[str, Any]:
-    """Return what a continued run needs to rebuild the candidates."""
+def offered(site: Site, structures: Sequence[Structure], factorable: Sequence[str]) -> list[Structure]:
+    """Return the structures that save bytes at a site, from most to fewest stored bits; two factors only where they
+    can stand in for the module.
+    """  # noqa: D205
+    plain = 32 * site.shape[0] * site.shape[1]
+    found = [s for s in structures if fitting(s, site.shape) is not None and s.bits(site.shape) < plain]
+    found = [s for s in found if not isinstance(s, LowRank) or site.name in factorable]
+    return sorted(found, key=lambda s: -s.bits(site.shape))
+
+
+def to_json(decisions: Decisions) -> dict[str, Any]:
+    """Return what a continued run needs to rebuild the decisions."""
     return {
-        "widths": {w.group.name: {"kept": w.kept, "order": w.order, "losses": w.losses} for w in widths},
-        "grids": {g.site.name: list(g.losses) for g in grids},
+        "widths": {w.group.name: {"kept": w.kept, "order": w.order} for w in decisions.widths},
+        "forms": {f.site.name: [repr(s) for s in f.structures] for f in decisions.forms},
+        "blocks": {b.name: b.kind for b in decisions.blocks},
+        "losses": decisions.losses,
     }
 
 
@@ -178,23 +370,29 @@ def from_json(
     groups: Sequence[ChannelGroup],
     sites: Sequence[Site],
     structures: Sequence[Structure],
-) -> tuple[list[Widths], list[Grids]]:
-    """Rebuild candidates from `to_json` on the same model.
+) -> Decisions:
+    """Rebuild decisions from `to_json` on the same model.
 
     Args:
         document: From `to_json`.
         groups: The model's channel groups.
         sites: The model's matrices.
-        structures: Grids that were considered.
+        structures: Structures that were considered.
 
     Returns:
-        Widths and grids.
+        The decisions.
     """
     by_group = {group.name: group for group in groups}
     by_site = {site.name: site for site in sites}
+    by_name: dict[str, Structure | None] = {repr(s): s for s in structures} | {repr(None): None}
+    losses = document["losses"]
     widths = [
-        Widths(by_group[name], tuple(w["kept"]), tuple(w["order"]), tuple(w["losses"]))
+        Widths(by_group[name], tuple(w["kept"]), tuple(w["order"]), tuple(losses[f"channels:{name}"]))
         for name, w in document["widths"].items()
     ]
-    grids = [Grids(by_site[n], (*structures, None), tuple(losses)) for n, losses in document["grids"].items()]
-    return widths, grids
+    forms = [
+        Forms(by_site[name], tuple(by_name[s] for s in found), tuple(losses[f"matrix:{name}"]))
+        for name, found in document["forms"].items()
+    ]
+    blocks = [Block(name, kind, losses[f"block:{name}"][1]) for name, kind in document["blocks"].items()]
+    return Decisions(tuple(widths), tuple(forms), tuple(blocks))

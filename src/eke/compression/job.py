@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from .._types import Batch, Counts, Evaluate, Loss
-from ..structures import UniformGrid
+from ..structures import Structure
 from . import measure
 from .budget import Budget
+from .candidates import Solver
 from .checks import mean_loss
 from .measure import Inputs
 from .recover import Recovery
@@ -32,7 +33,8 @@ class Job:
     report: Evaluate | None
     inputs: Inputs
     forward: Forward
-    grids: tuple[UniformGrid, ...]
+    structures: tuple[Structure, ...]
+    solver: Solver
     recovery: Recovery
     skip: tuple[str, ...]
     seed: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .. import cost
 from .._types import Counts, Evaluate
 from ..report import Drop, Measured, Score
-from ..structures import UniformGrid
-from .apply import shaped, surgery
+from ..structures import Structure
+from .apply import Layout, blueprint, shaped
 from .artifact import FORMAT, pack
-from .candidates import Widths
+from .candidates import Decisions
 from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
 from .plan import Term
-from .tables import Counter, Shapes, Timing, designs, fit_timing, share_terms
+from .tables import Counter, Timing, designs, fit_timing, shapes, share_terms
 from .task import evaluating
 
 _ANCHORS = 4
@@ -89,16 +89,16 @@ def costs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     }
 
 
-def packed_bytes(net: nn.Module, grids: Mapping[str, UniformGrid]) -> int:
+def packed_bytes(net: nn.Module, structures: Mapping[str, Structure]) -> int:
     """Return the bytes of the file that an artifact would store.
 
     Args:
-        net: The deployed model, its matrices on their grids.
-        grids: Grid by site name.
+        net: The deployed model, its matrices members of their structures.
+        structures: Structure by site name.
     """
     return len(
         serialise(
-            {name: tensor.detach().contiguous().clone() for name, tensor in pack(net, grids).items()},
+            {name: tensor.detach().contiguous().clone() for name, tensor in pack(net, structures).items()},
             {"format": FORMAT},
         )
     )
@@ -238,25 +238,21 @@ def lossless(
 def timing(
     model: nn.Module,
     inputs: Inputs,
-    widths: Sequence[Widths],
+    decisions: Decisions,
     *,
-    dimensions: Shapes,
-    folded: Sequence[Pair],
-    memory_format: str,
+    layout: Layout,
     original: float,
     seconds: float = 8.0,
     seed: int = 0,
     threads: int | None = None,
 ) -> Timing:
-    """Measure cut nets in place and fit the time of every module.
+    """Measure changed nets in place and fit the time of every module.
 
     Args:
         model: The original.
         inputs: Example inputs.
-        widths: Candidates of its channel groups.
-        dimensions: Of its tensors.
-        folded: Pairs that are folded.
-        memory_format: Of the weights.
+        decisions: The candidates.
+        layout: Folding and memory format.
         original: Seconds that the original is taken to need; whole nets are measured against it, interleaved.
         seconds: Budget of the measurements.
         seed: Of the designs.
@@ -265,47 +261,41 @@ def timing(
     Returns:
         The fit.
     """
-    counter = Counter.of(widths)
-    chosen = designs(counter, count=2 + 2 * max((len(w.kept) for w in widths), default=0), seed=seed)
+    counter = Counter.of(decisions)
+    count = 2 + 2 * max((len(w.kept) for w in decisions.widths), default=2)
+    count += 8 if any(form.ranks for form in decisions.forms) else 0
+    chosen = designs(decisions, count=count, seed=seed)
     arguments = positional(inputs)
-    nets = [
-        shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format) for picks in chosen[:_ANCHORS]
-    ]
+    nets = [shaped(model, blueprint(decisions, picks, layout)) for picks in chosen[:_ANCHORS]]
     runs = {"original": runner(model, inputs), **{str(i): runner(net, inputs) for i, net in enumerate(nets)}}
     measured = cost.interleave(runs, seconds=0.3 * seconds, threads=threads)
     before = measured["original"].lower_quartile
     whole = [original * measured[str(i)].lower_quartile / before for i in range(len(nets))]
     times = []
     for picks in chosen:
-        net = shaped(model, surgery(widths, picks), folded=folded, memory_format=memory_format)
+        net = shaped(model, blueprint(decisions, picks, layout))
         times.append(cost.module_times(net, *arguments, seconds=0.7 * seconds / len(chosen), threads=threads))
+    dimensions = shapes(model, decisions.widths)
     return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)
 
 
 def memory_terms(
-    model: nn.Module,
-    inputs: Inputs,
-    widths: Sequence[Widths],
-    *,
-    folded: Sequence[Pair],
-    memory_format: str,
-    seed: int = 0,
+    model: nn.Module, inputs: Inputs, decisions: Decisions, *, layout: Layout, seed: int = 0
 ) -> list[Term]:
     """Count the peak memory of cut nets and fit it to the groups' shares.
 
     Args:
         model: The original.
         inputs: Example inputs.
-        widths: Candidates of its channel groups.
-        folded: Pairs that are folded.
-        memory_format: Of the weights.
+        decisions: The candidates; only widths are varied.
+        layout: Folding and memory format.
         seed: Of the designs.
 
     Returns:
         Tables of peak memory.
     """
-    counter = Counter.of(widths)
-    chosen = designs(counter, count=4 + 2 * len(widths), seed=seed)
-    nets = (shaped(model, surgery(widths, p), folded=folded, memory_format=memory_format) for p in chosen)
+    counter = Counter.of(decisions)
+    chosen = designs(decisions, count=4 + 2 * len(decisions.widths), seed=seed, widths_only=True)
+    nets = (shaped(model, blueprint(decisions, picks, layout)) for picks in chosen)
     peaks = [float(cost.peak_memory(net, *positional(inputs))) for net in nets]
     return share_terms("peak_memory", chosen, peaks, counter)

@@ -20,10 +20,12 @@ from torch import nn
 from .. import cost
 from .._types import Batch, Counts, Evaluate, Loss
 from ..sites import unwrap
-from ..structures import UniformGrid
+from ..solvers import reconstruct
+from ..structures import Structure
 from . import apply, measure
-from .artifact import Blueprint, state_digest
+from .artifact import state_digest
 from .budget import Budget
+from .candidates import STRUCTURES, Solver, quick
 from .checkpoint import Run, read_tensors, write_tensors
 from .checks import check_batches, check_report, check_runs, check_task
 from .deploy import set_memory_format_
@@ -39,9 +41,6 @@ from .task import Forward, Task, evaluating, split_batch
 from .task import forward as default_forward
 from .verify import verify
 
-GRIDS = tuple(UniformGrid(bits) for bits in (8, 6, 5, 4, 3))
-"""Grids that matrices may be stored on by default: one scale a row."""
-
 
 def compress(
     model: nn.Module,
@@ -53,7 +52,8 @@ def compress(
     report: Evaluate | None = None,
     example: Any = None,
     forward: Forward | None = None,
-    grids: Sequence[UniformGrid] = GRIDS,
+    structures: Sequence[Structure] = STRUCTURES,
+    solver: Solver | None = None,
     recovery: Recovery | None = None,
     skip: Iterable[str] = (),
     seed: int = 0,
@@ -80,7 +80,10 @@ def compress(
         example: What the model is called with for measurements: a tensor, tuple or dictionary; None takes the first
             calibration batch.
         forward: Calls the model on a batch; None passes on the inputs of `(inputs, targets)` or of a dictionary.
-        grids: Grids that matrices may be stored on.
+        structures: Structures that matrices may take, eke's or your own; where one has no member of a matrix's shape,
+            it is not offered there.
+        solver: `solver(structure, weight, metric)` finds a member (m, n); None takes a quick one where recovery
+            follows, and `eke.solvers.reconstruct` otherwise.
         recovery: How to train after cutting; None for the default.
         skip: Modules or sites to leave as they are.
         seed: Of recovery and measurements.
@@ -118,7 +121,8 @@ def compress(
         report=report,
         inputs=_inputs(example, first),
         forward=task.forward,
-        grids=tuple(grids),
+        structures=tuple(structures),
+        solver=solver or _default_solver(recovery or Recovery()),
         recovery=recovery or Recovery(),
         skip=tuple(skip),
         seed=seed,
@@ -163,12 +167,7 @@ def _compressed(job: Job, run: Run, *, notes: list[str], recipe: dict[str, Any],
         check_report(selection, job.budget.drop)
     space = explore(job, run)
     found, net, early = _settled(job, space, run, selection)
-    blueprint = Blueprint(
-        apply.surgery(space.widths, found.plan.picks),
-        space.folded,
-        space.memory_format,
-        apply.grids_of(space.grids, found.plan.picks),
-    )
+    blueprint = apply.blueprint(space.decisions, found.plan.picks, space.layout)
     scores = {"selection before": selection, "before recovery": early}
     evidence = verify(job, space, net, blueprint, found=found, run=run, scores=scores, notes=notes)
     return Result(net, found.plan, job.budget, blueprint, evidence, recipe, title)
@@ -239,6 +238,13 @@ def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: For
     return Task(batches, (), (), loss=loss, forward=forward or default_forward)
 
 
+def _default_solver(recovery: Recovery) -> Solver:
+    """Return the solver that is used unless one is given: no effort is spared where nothing is learned afterwards."""
+    if recovery.steps:
+        return quick
+    return lambda structure, weight, metric: reconstruct(structure, weight, metric).weight
+
+
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress needs a torch.nn.Module, got {type(model).__name__}.")
@@ -266,7 +272,7 @@ def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
         "recovery": recovery,
         "seed": job.seed,
         "skip": list(job.skip),
-        "grids": [repr(grid) for grid in job.grids],
+        "structures": [repr(structure) for structure in job.structures],
         "weights": state_digest(job.model),
     }
 
@@ -297,25 +303,27 @@ def _recovered(
     job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str
 ) -> tuple[nn.Module, float | Counts]:
     """Return the cut, recovered net on its grids, and the score that it had before recovery."""
-    net = apply.cut(job.model, space.widths, plan.picks, sites=space.sites, curvature=space.curvature)
+    planned = space.draft(plan.picks)
+    net, form = planned.net, planned.blueprint
     apply.recalibrate_(net, lessons, forward=job.forward)
-    early = job.score(net, of="the cut model")
+    early = job.score(planned.finished(), of="the cut model")
     # Convolutions train faster with channels last; `deploy_` sets the format that was measured to run fastest.
     set_memory_format_(net, "channels_last")
-    grids = apply.grids_of(space.grids, plan.picks)
     done = run.path(f"{stage}-done.safetensors")
     if done is not None and done.exists():
         net.load_state_dict(read_tensors(done)[0])
     elif job.recovery.steps:
         steps = job.recovery.steps
         recover_(
-            net, lessons, job.recovery, grids=apply.on_grids(net, grids), forward=job.forward, seed=job.seed,
-            checkpoint=run.path(f"{stage}.safetensors"),
+            net, lessons, job.recovery, forms=apply.on_structures(net, form.structures), members=planned.members,
+            forward=job.forward, seed=job.seed, checkpoint=run.path(f"{stage}.safetensors"),
             progress=lambda step, loss: job.progress("recover", step / steps, f"step {step}/{steps}, loss {loss:.4f}"),
         )  # fmt: skip
         if done is not None:
             write_tensors(done, net.state_dict(), {})
-    apply.deploy_(net, folded=space.folded, memory_format=space.memory_format, grids=grids)
+    else:
+        planned.finish_(net)
+    apply.deploy_(net, form)
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     return net, early

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..sites import Site
-from ..structures import Structure, straight_through
+from ..structures import Exactness, Structure, Supported, UniformGrid, straight_through
 from ..training import run
 from .checkpoint import read_tensors, write_tensors
 from .lessons import Lessons, distillation
 from .task import Forward
+
+REFRESH = 10
+"""Steps after which the scales of grids are searched anew."""
 
 Match = Callable[[Any, Any], Tensor]
 """`match(student_outputs, teacher_outputs)`: what recovery minimises, a scalar tensor."""
@@ -72,19 +75,52 @@ class Recovery:
         return self.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class _OnGrid(nn.Module):
-    """Parametrization: the weight as its site's structure projects it, gradients straight through."""
+class _Formed(nn.Module):
+    """Parametrization: the weight on its support from the start, on its grid in the last part, gradients straight
+    through. Scales of a grid are searched anew every `REFRESH` steps.
+    """  # noqa: D205
 
-    def __init__(self, structure: Structure, site: Site) -> None:
+    def __init__(self, structure: Structure, site: Site, support: Tensor | None) -> None:
         super().__init__()
-        self.structure, self.rows = structure, site.shape[0]
-        self.transposed = site.transposed
+        self.structure, self.transposed, self.support = structure, site.transposed, support
+        self.grid = structure if isinstance(structure, UniformGrid) else getattr(structure, "second", None)
+        # What is neither a support nor a grid is met from the first step on.
+        self.active = support is None and self.grid is None
+        self.scales: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight (any shape), projected as a matrix (m, n)."""
+        """Return the weight (any shape), formed as a matrix (m, n)."""
         matrix = weight.t() if self.transposed else weight.reshape(weight.shape[0], -1)
-        projected = straight_through(self.structure, matrix)
-        return projected.t() if self.transposed else projected.reshape(weight.shape)
+        if self.support is not None:
+            matrix = matrix * self.support
+        if self.active:
+            matrix = straight_through(self._rounding(matrix.detach()), matrix)
+        return matrix.t() if self.transposed else matrix.reshape(weight.shape)
+
+    def _rounding(self, matrix: Tensor) -> Structure:
+        if not isinstance(self.grid, UniformGrid):
+            return self.structure
+        if self.scales is None:
+            self.scales = self.grid.quantize(matrix)[1]
+        return _Scaled(self.grid, self.scales)
+
+
+class _Scaled:
+    """A grid with fixed scales."""
+
+    exactness: Exactness = "heuristic"
+
+    def __init__(self, grid: UniformGrid, scales: Tensor) -> None:
+        self._grid, self._scales = grid, scales
+
+    def project(self, v: Tensor, score: Tensor | None = None) -> Tensor:
+        return self._grid.dequantize(self._grid.round(v, self._scales), self._scales, v.dtype)
+
+    def bits(self, shape: tuple[int, int]) -> int:
+        return self._grid.bits(shape)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        return self._grid.check(shape)
 
 
 def recover_(
@@ -92,8 +128,9 @@ def recover_(
     lessons: Lessons,
     recovery: Recovery,
     *,
-    grids: Mapping[str, tuple[Site, Structure]],
+    forms: Mapping[str, tuple[Site, Structure]],
     forward: Forward,
+    members: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     checkpoint: pathlib.Path | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -104,8 +141,9 @@ def recover_(
         model: The cut model.
         lessons: Samples and the teacher's answers.
         recovery: How to train.
-        grids: Site and structure of each matrix that will be packed.
+        forms: Site and structure of each matrix that will be packed.
         forward: Calls the model on a batch.
+        members: Member of each structure to start from, by site name; of a structure with a support, the support.
         seed: Of the order of samples.
         checkpoint: File to continue from and to write to, about every ten seconds.
         progress: Called with (step, loss).
@@ -124,10 +162,14 @@ def recover_(
     start = _resume(model, optimizer, trained, checkpoint)
     first_on_grid = math.floor(recovery.grid_from * recovery.steps)
     saved = time.monotonic()
+    formed = _register(model, forms, members or {})
 
     def step(index: int, samples: Tensor) -> float:
-        if index >= first_on_grid:
-            _register(model, grids)
+        for form in formed:
+            if index >= first_on_grid:
+                form.active = True
+            if (index - first_on_grid) % REFRESH == 0:
+                form.scales = None
         batch, answers = lessons.take(samples)
         for group in optimizer.param_groups:
             group["lr"] = recovery.rate(index)
@@ -144,7 +186,9 @@ def recover_(
         nonlocal saved
         if progress is not None:
             progress(index + 1, loss)
-        if checkpoint is not None and time.monotonic() - saved > 10:
+        # Scales are no part of a checkpoint, so it is written where they are searched anew.
+        fresh = (index + 1 - first_on_grid) % REFRESH == 0
+        if checkpoint is not None and fresh and time.monotonic() - saved > 10:
             _save(model, optimizer, trained, checkpoint, step=index + 1)
             saved = time.monotonic()
 
@@ -159,7 +203,7 @@ def recover_(
             after=after,
         )
     finally:
-        _unregister(model, grids)
+        _unregister(model, forms)
         for (_, parameter), flag in zip(trained, flags):
             parameter.requires_grad_(flag)
             parameter.grad = None
@@ -167,22 +211,33 @@ def recover_(
     return losses
 
 
-def _register(model: nn.Module, grids: Mapping[str, tuple[Site, Structure]]) -> None:
-    for site, structure in grids.values():
+def _register(
+    model: nn.Module, forms: Mapping[str, tuple[Site, Structure]], members: Mapping[str, Tensor]
+) -> list[_Formed]:
+    formed = []
+    for site, structure in forms.values():
+        module = model.get_submodule(site.module_name)
+        support = None
+        if isinstance(structure, Supported):
+            support = structure.support(members.get(site.name, site.read(model)))
+        formed.append(_Formed(structure, site, support))
+        parametrize.register_parametrization(module, site.parameter, formed[-1], unsafe=True)
+    return formed
+
+
+def _unregister(model: nn.Module, forms: Mapping[str, tuple[Site, Structure]]) -> None:
+    for site, _ in forms.values():
         module = model.get_submodule(site.module_name)
         if not parametrize.is_parametrized(module, site.parameter):
-            parametrize.register_parametrization(module, site.parameter, _OnGrid(structure, site), unsafe=True)
-
-
-def _unregister(model: nn.Module, grids: Mapping[str, tuple[Site, Structure]]) -> None:
-    for site, _ in grids.values():
-        module = model.get_submodule(site.module_name)
-        if parametrize.is_parametrized(module, site.parameter):
-            later = [name for name in module._parameters if name != site.parameter]
-            parametrize.remove_parametrizations(module, site.parameter, leave_parametrized=False)
-            # The parameter is now the last one; it goes back to the front, where a weight stands.
-            for name in later:
-                module.register_parameter(name, module._parameters.pop(name))
+            continue
+        form: Any = module.parametrizations[site.parameter][0]  # type: ignore[index]
+        later = [name for name in module._parameters if name != site.parameter]
+        parametrize.remove_parametrizations(module, site.parameter, leave_parametrized=False)
+        # The parameter is now the last one; it goes back to the front, where a weight stands.
+        for name in later:
+            module.register_parameter(name, module._parameters.pop(name))
+        if form.support is not None:
+            site.write_(model, site.read(model) * form.support)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
 def _choose(space: Space, correction: Mapping[str, float], limits: Mapping[str, float]) -> Plan:
     """Return a plan with a little room below the limits for noise; without it if there is none to have."""
     terms = [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
-    decisions = tables.choices(space.widths, space.grids)
+    decisions = tables.choices(space.decisions)
     wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
     try:
         return choose(decisions, terms, limits=wanted)
@@ -122,14 +122,12 @@ def attempts(budget: Budget, before: Mapping[str, float]) -> list[dict[str, floa
 
 def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:
     """Return the measured costs of a plan's net before any training: they do not depend on its values."""
-    net = apply.shaped(
-        job.model, apply.surgery(space.widths, plan.picks), folded=space.folded, memory_format=space.memory_format
-    )
+    form = apply.blueprint(space.decisions, plan.picks, space.layout)
+    net = apply.shaped(job.model, form)
     after = measure.costs(net, job.inputs)
-    grids = apply.grids_of(space.grids, plan.picks)
-    for site, grid in apply.on_grids(net, grids).values():
-        site.write_(net, grid.project(site.read(net)))
-    after["size"] = float(measure.packed_bytes(net, grids))
+    for site, structure in apply.on_structures(net, form.structures).values():
+        site.write_(net, structure.project(site.read(net)))
+    after["size"] = float(measure.packed_bytes(net, form.structures))
     if not job.timed:
         return after
     original, net_run = measure.runner(job.model, job.inputs), measure.runner(net, job.inputs)

@@ -1,7 +1,7 @@
 """Everything that may be changed about a model, and tables of what it costs.
 
-Statistics, candidates and measured costs are recorded as soon as they are known; a run that is continued reads them
-back, so that it plans from the very same numbers.
+Statistics, candidates, corrections and measured costs are recorded as soon as they are known; a run that is continued
+reads them back, so that it plans from the very same numbers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
-from . import candidates, measure, tables
+from . import apply, candidates, measure, tables
+from .apply import Draft, Layout
+from .blocks import block_candidates, removable
+from .calibrate import Calibration, Meter, calibrate, plan_loss
+from .candidates import Decisions, Solver
 from .checkpoint import Run
-from .deploy import Pair
+from .factor import factorable
 from .job import Job
 from .plan import Term
 from .task import evaluating
@@ -25,21 +31,59 @@ STATISTICS = 1024
 
 @dataclass(frozen=True)
 class Space:
-    """All that may be changed and what it costs."""
+    """All that may be changed and what it costs.
 
+    Args:
+        model: The original.
+        sites: Its matrices.
+        curvature: At these.
+        decisions: The candidates, with corrected losses.
+        calibration: The corrections.
+        layout: Folding and memory format.
+        solver: Finds members of structures.
+        lossless: Seconds of the untouched net in this layout.
+        before: Costs of the original by resource.
+        terms: Tables for the planner.
+    """
+
+    model: nn.Module
     sites: tuple[Site, ...]
     curvature: Curvature
-    widths: tuple[candidates.Widths, ...]
-    grids: tuple[candidates.Grids, ...]
-    folded: tuple[Pair, ...]
-    memory_format: str
+    decisions: Decisions
+    calibration: Calibration
+    layout: Layout
+    solver: Solver
     lossless: Mapping[str, float]
     before: Mapping[str, float]
     terms: tuple[Term, ...]
 
+    def draft(self, picks: Mapping[str, int]) -> Draft:
+        """Return the model of a plan before recovery."""
+        return _draft(self.model, self.decisions, picks, self.sites, self.curvature, self.solver, self.layout)
+
+    def shaped(self, picks: Mapping[str, int]) -> nn.Module:
+        """Return a net of a plan's shape, for measurements of costs."""
+        return apply.shaped(self.model, apply.blueprint(self.decisions, picks, self.layout))
+
+    def loss(self, picks: Mapping[str, int]) -> float:
+        """Return the loss increase predicted for a whole plan, before recovery."""
+        return self.calibration.whole(plan_loss(self.decisions, picks))
+
+
+def _draft(
+    model: nn.Module,
+    decisions: Decisions,
+    picks: Mapping[str, int],
+    sites: Sequence[Site],
+    curvature: Curvature,
+    solver: Solver,
+    layout: Layout,
+) -> Draft:
+    return apply.draft(model, decisions, picks, sites=sites, curvature=curvature, solver=solver, layout=layout)
+
 
 def explore(job: Job, run: Run) -> Space:
-    """Estimate statistics, propose candidates and measure costs; what is already recorded is read back.
+    """Estimate statistics, propose candidates, correct predictions and measure costs; what is recorded is read back.
 
     Args:
         job: What was asked.
@@ -78,14 +122,28 @@ def explore(job: Job, run: Run) -> Space:
     )
     found = run.get("candidates")
     if found is None:
-        widths = candidates.channel_candidates(job.model, groups, sites, curvature)
-        grids = candidates.grid_candidates(job.model, sites, curvature, job.grids)
-        run.put("candidates", candidates.to_json(widths, grids))
+        decisions = _proposed(job, groups, sites, curvature)
+        run.put("candidates", candidates.to_json(decisions))
     else:
-        widths, grids = candidates.from_json(found, groups, sites, job.grids)
-    if not widths and not grids:
+        decisions = candidates.from_json(found, groups, sites, job.structures)
+    if not decisions.losses:
         raise ValueError(_nothing(job, sites))
-    return _with_costs(job, run, sites, curvature, widths=widths, grids=grids)
+    return _with_costs(job, run, sites, curvature, decisions)
+
+
+def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], curvature: Curvature) -> Decisions:
+    def call(model: nn.Module) -> Any:
+        return measure.runner(model, job.inputs)()
+
+    widths = candidates.channel_candidates(job.model, groups, sites, curvature)
+    job.progress("candidates", 0.4, f"{len(job.structures)} structures at {len(curvature.names)} matrices")
+    known = [site for site in sites if site.name in curvature.names]
+    forms = candidates.form_candidates(
+        job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call)
+    )
+    job.progress("candidates", 0.8, "blocks that may be left out")
+    blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call))
+    return Decisions(tuple(widths), tuple(forms), tuple(blocks))
 
 
 def _nothing(job: Job, sites: Sequence[Site]) -> str:
@@ -101,91 +159,90 @@ def _modules(job: Job) -> list[str]:
     return [name for name in job.skip if name in names]
 
 
-def _with_costs(
-    job: Job,
-    run: Run,
-    sites: tuple[Site, ...],
-    curvature: Curvature,
-    *,
-    widths: Sequence[candidates.Widths],
-    grids: Sequence[candidates.Grids],
-) -> Space:
-    job.progress("costs", 0.0, "measuring cut nets in place")
-    dimensions, counter = tables.shapes(job.model, widths), tables.Counter.of(widths)
+def _with_costs(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvature, decisions: Decisions) -> Space:
+    calibration = _calibrated(job, run, sites, curvature, decisions)
+    corrected = calibration.corrected(decisions)
+    job.progress("costs", 0.0, "measuring changed nets in place")
+    dimensions, counter = tables.shapes(job.model, decisions.widths), tables.Counter.of(decisions)
     known = run.get("costs")
     if known is None:
         with evaluating(job.model):
             folded, memory_format, times = measure.lossless(
                 job.model, job.inputs, seconds=0.7 * job.seconds, threads=job.threads
             )
+            layout = Layout(tuple(folded), memory_format)
             before = {**measure.costs(job.model, job.inputs), "latency": times["original"]}
-            fit = _fitted(job, widths, dimensions, (folded, memory_format, times["original"])) if job.timed else None
+            fit = _fitted(job, decisions, layout, times["original"]) if job.timed else None
         known = run.put(
             "costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit}
         )
-    folded = [(str(layer), str(norm)) for layer, norm in known["folded"]]
+    layout = Layout(tuple((str(layer), str(norm)) for layer, norm in known["folded"]), known["memory_format"])
     macs = measure.own_macs(job.model, job.inputs)
     terms = [
-        *tables.loss_terms(widths, grids),
+        *tables.loss_terms(corrected),
         *tables.parameter_terms(job.model, dimensions, counter),
         *tables.mac_terms(macs, dimensions, counter),
-        *tables.size_terms(job.model, dimensions, counter, grids=grids, folded=folded),
-        *_memory_terms(job, widths, folded, known["memory_format"]),
+        *tables.size_terms(job.model, dimensions, counter, folded=layout.folded),
+        *_memory_terms(job, decisions, layout),
         *_timing_terms(known["fit"], dimensions, counter),
     ]
-    lossless = {"seconds": _folded_seconds(known["times"], folded, known["memory_format"])}
     return Space(
+        job.model,
         sites,
         curvature,
-        tuple(widths),
-        tuple(grids),
-        tuple(folded),
-        known["memory_format"],
-        lossless,
+        corrected,
+        calibration,
+        layout,
+        job.solver,
+        {"seconds": _folded_seconds(known["times"], layout)},
         known["before"],
         tuple(terms),
     )
 
 
-def _fitted(
-    job: Job,
-    widths: Sequence[candidates.Widths],
-    dimensions: tables.Shapes,
-    base: tuple[Sequence[Pair], str, float],
-) -> dict[str, Any]:
-    folded, memory_format, original = base
+def _calibrated(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvature, decisions: Decisions) -> Calibration:
+    known = run.get("calibration")
+    if known is None:
+        found = calibrate(
+            decisions,
+            Meter(job),
+            lambda picks: _draft(job.model, decisions, picks, sites, curvature, job.solver, Layout()),
+            seconds=5 * job.seconds,
+            seed=job.seed,
+            progress=lambda share, text: job.progress("calibration", share, text),
+        )
+        known = run.put("calibration", found.to_json())
+    return Calibration.from_json(known)
+
+
+def _fitted(job: Job, decisions: Decisions, layout: Layout, original: float) -> dict[str, Any]:
     timing = measure.timing(
         job.model,
         job.inputs,
-        widths,
-        dimensions=dimensions,
-        folded=folded,
-        memory_format=memory_format,
+        decisions,
+        layout=layout,
         original=original,
         seconds=2.5 * job.seconds,
         seed=job.seed,
         threads=job.threads,
     )
-    return {"modules": timing.modules, "rest": timing.rest, "scale": timing.scale, "offset": timing.offset}
+    return vars(timing)
 
 
-def _memory_terms(
-    job: Job, widths: Sequence[candidates.Widths], folded: Sequence[Pair], memory_format: str
-) -> list[Term]:
+def _memory_terms(job: Job, decisions: Decisions, layout: Layout) -> list[Term]:
     if job.budget.peak_memory is None:
         return []
-    return measure.memory_terms(
-        job.model, job.inputs, widths, folded=folded, memory_format=memory_format, seed=job.seed
-    )
+    return measure.memory_terms(job.model, job.inputs, decisions, layout=layout, seed=job.seed)
 
 
 def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:
     if fit is None:
         return []
-    modules = {name: tuple(coefficients) for name, coefficients in fit["modules"].items()}
-    return tables.Timing(modules, tuple(fit["rest"]), fit["scale"], fit["offset"]).terms(dimensions, counter)
+    by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored")]
+    timing = tables.Timing(by_module[0], by_module[1], tuple(fit["rest"]), fit["scale"], fit["offset"])
+    return timing.terms(dimensions, counter)
 
 
-def _folded_seconds(times: Mapping[str, float], folded: Sequence[Pair], memory_format: str) -> float:
-    name = f"{'folded, ' if folded else ''}{memory_format}"
+def _folded_seconds(times: Mapping[str, float], layout: Layout) -> float:
+    name = f"{'folded, ' if layout.folded else ''}{layout.memory_format}"
     return times.get(name, times["original"])

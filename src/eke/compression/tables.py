@@ -1,11 +1,12 @@
 """What every combination of options costs: tables for the planner, most of them exact, time fitted to measurements.
 
-Entries that stay in a tensor follow from the channel groups alone, so parameters, multiply-adds and packed bytes are
-exact tables over the groups (and bits) that a tensor depends on. Time is measured in place: some tens of cut nets
-(designs) run as a whole, with a clock at every module, and each module's time is fitted as
-t = c0 + c1 in + c2 out + c3 in*out with non-negative c (in, out: shares of its channels that stay); what is left of
-the whole net's time is fitted to the groups' shares. Clocks cost time and the machine drifts meanwhile, so the sum is
-scaled and shifted to a few whole nets, among them the uncut and the smallest one, measured interleaved without clocks.
+Entries that stay in a tensor follow from the decisions alone, so parameters, multiply-adds and packed bytes are exact
+tables over the channel groups, the form of the matrix and the block that a tensor depends on. Time is measured in
+place: some tens of changed nets (designs) run as a whole, with a clock at every module, and each module's time is
+fitted as t = c0 + c1 in + c2 out + c3 in*out with non-negative c (in, out: shares of its channels that stay), that of
+two factors of rank r as c0 + c1 r in + c2 r out; what is left of the whole net's time is fitted to the shares of groups
+and blocks that stay. Clocks cost time and the machine drifts meanwhile, so the sum is scaled and shifted to a few whole
+nets, among them the uncut and the smallest one, measured interleaved without clocks.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
-from ..sites import Site
-from .candidates import Grids, Widths
+from ..structures import LowRank
+from .artifact import stored_bits
+from .candidates import Block, Decisions, Forms, Widths, fitting
 from .deploy import Pair
-from .plan import Choice, Table, Term, total
+from .graph import Table
+from .plan import Choice, Term, total
+
+HEADER_BYTES = 90.0
+"""Bytes that a stored tensor's entry in the file's header takes, about."""
 
 
 def _non_negative(rows: Table, values: Table) -> Table:
@@ -81,23 +87,28 @@ class Counter:
     Args:
         removed: Units that each option of a decision removes, by decision.
         sizes: Units of the group of each decision.
+        blocks: Blocks that may be left out.
+        forms: Candidates of matrices by the name of their parameter.
     """
 
     removed: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, int]
+    blocks: tuple[Block, ...] = ()
+    forms: Mapping[str, Forms] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, widths: Sequence[Widths]) -> Counter:
+    def of(cls, decisions: Decisions) -> Counter:
         """Return a counter for these candidates."""
-        removed = {w.choice: tuple(w.group.size - kept for kept in w.kept) for w in widths}
-        return cls(removed, {w.choice: w.group.size for w in widths})
+        removed = {w.choice: tuple(w.group.size - kept for kept in w.kept) for w in decisions.widths}
+        sizes = {w.choice: w.group.size for w in decisions.widths}
+        return cls(removed, sizes, decisions.blocks, {f.site.parameter_name: f for f in decisions.forms})
 
     def share(self, choice: str) -> Table:
         """Return the share of a group's units that each option keeps."""
         return 1 - np.asarray(self.removed[choice], dtype=float) / self.sizes[choice]
 
     def over(self, dimensions: Sequence[Dimension]) -> tuple[str, ...]:
-        """Return the decisions that these dimensions depend on."""
+        """Return the groups that these dimensions depend on."""
         return tuple(sorted({choice for dimension in dimensions for choice, _ in dimension.cuts}))
 
     def stay(self, dimension: Dimension, over: Sequence[str]) -> Table:
@@ -117,19 +128,101 @@ class Counter:
         """Return the entries of a tensor that stay, over the options of `over`."""
         return self.full(math.prod((self.stay(d, over) for d in dimensions), start=np.ones([1] * len(over))), over)
 
+    def block_of(self, module: str) -> Block | None:
+        """Return the block that holds a module."""
+        return next((block for block in self.blocks if block.holds(module)), None)
 
-def loss_terms(widths: Sequence[Widths], grids: Sequence[Grids]) -> list[Term]:
-    """Return the tables of predicted loss."""
-    terms = [Term((w.choice,), "loss", np.asarray(w.losses)) for w in widths]
-    return terms + [Term((g.choice,), "loss", np.asarray(g.losses)) for g in grids]
+    def term(
+        self, resource: str, module: str, over: tuple[str, ...], tables: Sequence[Table], form: Forms | None
+    ) -> Term:
+        """Return a table over groups, the form of a matrix and the block that holds it.
+
+        Args:
+            resource: Of the term.
+            module: Whose cost it is; nothing if the block that holds it is left out.
+            over: Groups that the tables are over.
+            tables: Over these; one for each option of the form.
+            form: Candidates of a matrix, None for a single table.
+        """
+        table = np.stack(tables, -1) if form is not None else tables[0]
+        names = (*over, form.choice) if form is not None else over
+        block = self.block_of(module)
+        if block is None:
+            return Term(names, resource, table)
+        return Term((*names, block.choice), resource, np.stack([table, np.zeros_like(table)], -1))
+
+    def matrix(self, form: Forms, dimensions: Sequence[Dimension]) -> Matrix:
+        """Return what each candidate of a matrix takes, over the groups that cut it."""
+        site, over = form.site, self.over(dimensions)
+        row = 1 if site.transposed or site.kind == "conv_transpose" else 0
+        rows = self.full(self.stay(dimensions[row], over), over) * (site.shape[0] / dimensions[row].size)
+        columns = self.product([d for i, d in enumerate(dimensions) if i != row], over)
+        columns = columns * (site.shape[1] / math.prod(d.size for i, d in enumerate(dimensions) if i != row))
+        entries, stored, ranks = (np.zeros((*rows.shape, len(form.structures))) for _ in range(3))
+        for index in itertools.product(*map(range, rows.shape)):
+            shape = (round(float(rows[index])), round(float(columns[index])))
+            for option, wanted in enumerate(form.structures):
+                structure = None if wanted is None else fitting(wanted, shape)
+                place = (*index, option)
+                entries[place] = shape[0] * shape[1]
+                stored[place] = stored_bits(structure, shape) / 8
+                if isinstance(structure, LowRank):
+                    ranks[place] = structure.rank_of(shape)
+                    entries[place] = ranks[place] * (shape[0] + shape[1])
+        return Matrix(over, rows, columns, entries, stored, ranks)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What each candidate of a matrix takes: tables over the groups that cut it, the candidate last.
+
+    Args:
+        over: The groups.
+        rows: Rows that stay, without the candidate's axis.
+        columns: Columns that stay, likewise.
+        entries: Parameters, and multiply-adds a location.
+        stored: Bytes in the file.
+        ranks: Rank of two factors, 0 for one matrix.
+    """
+
+    over: tuple[str, ...]
+    rows: Table
+    columns: Table
+    entries: Table
+    stored: Table
+    ranks: Table
+
+
+def loss_terms(decisions: Decisions) -> list[Term]:
+    """Return the tables of predicted loss; what is done inside a block that is left out costs nothing."""
+    counter = Counter.of(decisions)
+    terms = [Term((w.choice,), "loss", np.asarray(w.losses)) for w in decisions.widths]
+    terms += [Term((b.choice,), "loss", np.asarray([0.0, b.loss])) for b in decisions.blocks]
+    for form in decisions.forms:
+        losses = np.asarray(form.losses)
+        block = counter.block_of(form.site.module_name)
+        if block is None:
+            terms.append(Term((form.choice,), "loss", losses))
+        else:
+            terms.append(Term((form.choice, block.choice), "loss", np.stack([losses, np.zeros_like(losses)], -1)))
+    return terms
+
+
+def _by_option(table: Table) -> list[Table]:
+    return [table[..., option] for option in range(table.shape[-1])]
 
 
 def parameter_terms(model: nn.Module, dimensions: Shapes, counter: Counter) -> list[Term]:
     """Return exact tables of parameters."""
     terms = []
     for name, _ in model.named_parameters():
-        over = counter.over(dimensions[name])
-        terms.append(Term(over, "parameters", counter.product(dimensions[name], over)))
+        module, form = name.rpartition(".")[0], counter.forms.get(name)
+        if form is not None and form.ranks:
+            matrix = counter.matrix(form, dimensions[name])
+            terms.append(counter.term("parameters", module, matrix.over, _by_option(matrix.entries), form))
+        else:
+            over = counter.over(dimensions[name])
+            terms.append(counter.term("parameters", module, over, [counter.product(dimensions[name], over)], None))
     return terms
 
 
@@ -143,72 +236,68 @@ def mac_terms(macs: Mapping[str, float], dimensions: Shapes, counter: Counter) -
     """
     terms = []
     for module, count in macs.items():
-        weight = dimensions.get(f"{module}.weight" if module else "weight", [])
-        over = counter.over(weight)
-        size = math.prod(d.size for d in weight)
-        terms.append(Term(over, "macs", count * counter.product(weight, over) / max(1, size)))
+        name = f"{module}.weight" if module else "weight"
+        weight = dimensions.get(name, [])
+        size, form = math.prod(d.size for d in weight), counter.forms.get(name)
+        if form is not None and form.ranks:
+            matrix = counter.matrix(form, weight)
+            terms.append(counter.term("macs", module, matrix.over, _by_option(count * matrix.entries / size), form))
+        else:
+            over = counter.over(weight)
+            tables = [count * counter.product(weight, over) / max(1, size)]
+            terms.append(counter.term("macs", module, over, tables, None))
     return terms
 
 
-def size_terms(
-    model: nn.Module, dimensions: Shapes, counter: Counter, *, grids: Sequence[Grids], folded: Sequence[Pair]
-) -> list[Term]:
-    """Return tables of stored bytes: packed matrices over widths and bits, the rest in its own dtype.
+def size_terms(model: nn.Module, dimensions: Shapes, counter: Counter, *, folded: Sequence[Pair]) -> list[Term]:
+    """Return tables of stored bytes: packed matrices over widths and forms, the rest in its own dtype.
 
     Args:
         model: The original model.
         dimensions: Of its tensors.
         counter: Of the candidates.
-        grids: Candidates of the matrices.
         folded: Pairs of layer and normalisation that are folded before storing.
     """
-    packed = {grid.site.parameter_name: grid for grid in grids}
     norms = {norm for _, norm in folded}
     new_biases = {f"{layer}.bias": f"{norm}.running_mean" for layer, norm in folded}
     terms = []
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if name.rpartition(".")[0] in norms or name in new_biases:
+    for name, tensor in model.state_dict().items():
+        module = name.rpartition(".")[0]
+        if module in norms or name in new_biases:
+            continue
+        form = counter.forms.get(name)
+        if form is not None:
+            matrix = counter.matrix(form, dimensions[name])
+            tables = [
+                table + HEADER_BYTES * (1 + (s is not None) + 2 * isinstance(s, LowRank))
+                for s, table in zip(form.structures, _by_option(matrix.stored))
+            ]
+            terms.append(counter.term("size", module, matrix.over, tables, form))
             continue
         over = counter.over(dimensions[name])
-        if name in packed:
-            terms.append(_packed_term(packed[name], dimensions[name], counter, over))
-        else:
-            terms.append(Term(over, "size", tensor.element_size() * counter.product(dimensions[name], over)))
-    for source in new_biases.values():
+        stays = tensor.element_size() * counter.product(dimensions[name], over) + HEADER_BYTES
+        terms.append(counter.term("size", module, over, [stays], None))
+    for bias, source in new_biases.items():
         over = counter.over(dimensions[source])
-        terms.append(Term(over, "size", 4 * counter.product(dimensions[source], over)))
-    header = 90.0 * (len(terms) + len(packed)) + 100
-    return [*terms, Term((), "size", np.asarray(header))]
-
-
-def _packed_term(grid: Grids, dimensions: Sequence[Dimension], counter: Counter, over: tuple[str, ...]) -> Term:
-    site: Site = grid.site
-    row = 1 if site.transposed or site.kind == "conv_transpose" else 0
-    rows = counter.full(counter.stay(dimensions[row], over), over) * (site.shape[0] / dimensions[row].size)
-    columns = counter.product([d for i, d in enumerate(dimensions) if i != row], over)
-    columns = columns * (site.shape[1] / math.prod(d.size for i, d in enumerate(dimensions) if i != row))
-    table = np.empty((*rows.shape, len(grid.structures)))
-    for index in itertools.product(*map(range, rows.shape)):
-        shape = (round(float(rows[index])), round(float(columns[index])))
-        for option, structure in enumerate(grid.structures):
-            bits = structure.bits(shape) if structure is not None else 32 * shape[0] * shape[1]
-            table[(*index, option)] = bits / 8
-    return Term((*over, grid.choice), "size", table)
+        stays = 4 * counter.product(dimensions[source], over) + HEADER_BYTES
+        terms.append(counter.term("size", bias.rpartition(".")[0], over, [stays], None))
+    return [*terms, Term((), "size", np.asarray(100.0))]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Fitted time of a net under any widths.
+    """Fitted time of a net under any decisions.
 
     Args:
         modules: Coefficients of each timed module: one a product of shares, see `_features`.
-        rest: Coefficients of the rest of the forward pass: a constant and one a group.
+        factored: Coefficients of the two factors in a module's place: 1, rank * columns, rank * rows.
+        rest: Coefficients of the rest of the forward pass: a constant, one a group, one a block.
         scale: Time of a whole net without clocks, per second of the fit's sum.
         offset: Seconds that every whole net takes besides.
     """
 
     modules: Mapping[str, tuple[float, ...]]
+    factored: Mapping[str, tuple[float, ...]]
     rest: tuple[float, ...]
     scale: float = 1.0
     offset: float = 0.0
@@ -218,16 +307,31 @@ class Timing:
         found = []
         for module, coefficients in self.modules.items():
             over, features = _features(module, dimensions, counter)
-            table = sum((c * f for c, f in zip(coefficients, features)), np.zeros([1] * len(over)))
-            found.append(Term(over, "latency", self.scale * counter.full(np.asarray(table), over)))
+            dense = sum((c * f for c, f in zip(coefficients, features)), np.zeros([1] * len(over)))
+            dense = self.scale * counter.full(np.asarray(dense), over)
+            name = f"{module}.weight"
+            form = counter.forms.get(name)
+            if form is None or module not in self.factored:
+                found.append(counter.term("latency", module, over, [dense], None))
+                continue
+            matrix = counter.matrix(form, dimensions[name])
+            pair = sum(c * f for c, f in zip(self.factored[module], _factored_features(matrix)))
+            tables = [
+                np.where(rank > 0, self.scale * time, dense)
+                for rank, time in zip(_by_option(matrix.ranks), _by_option(np.asarray(pair)))
+            ]
+            found.append(counter.term("latency", module, matrix.over, tables, form))
         found.append(Term((), "latency", np.asarray(self.offset + self.scale * self.rest[0])))
-        for choice, coefficient in zip(counter.removed, self.rest[1:]):
+        groups = self.rest[1 : 1 + len(counter.removed)]
+        for choice, coefficient in zip(counter.removed, groups):
             found.append(Term((choice,), "latency", self.scale * coefficient * counter.share(choice)))
+        for block, coefficient in zip(counter.blocks, self.rest[1 + len(groups) :]):
+            found.append(Term((block.choice,), "latency", self.scale * coefficient * np.asarray([1.0, 0.0])))
         return found
 
 
 def _features(module: str, dimensions: Shapes, counter: Counter) -> tuple[tuple[str, ...], list[Table]]:
-    """Return the decisions a module's time depends on, and the tables 1, in, out, in*out (those that vary)."""
+    """Return the groups a module's time depends on, and the tables 1, in, out, in*out (those that vary)."""
     weight = dimensions.get(f"{module}.weight" if module else "weight", [])
     over = counter.over(weight)
     shares = [counter.stay(d, over) / d.size for d in weight if d.cuts]
@@ -235,6 +339,13 @@ def _features(module: str, dimensions: Shapes, counter: Counter) -> tuple[tuple[
     if len(shares) > 1:
         features.append(math.prod(shares, start=np.ones([1] * len(over))))
     return over, features
+
+
+def _factored_features(matrix: Matrix) -> list[Table]:
+    """Return the tables 1, rank * columns, rank * rows of two factors, in units of the whole matrix."""
+    size = float(matrix.rows.max() * matrix.columns.max())
+    columns = matrix.ranks * matrix.columns[..., None] / size
+    return [np.ones_like(columns), columns, matrix.ranks * matrix.rows[..., None] / size]
 
 
 def fit_timing(
@@ -248,7 +359,7 @@ def fit_timing(
     """Fit the times of modules measured in place.
 
     Args:
-        designs: Option index of each width decision, one mapping a measured net.
+        designs: Option index of each decision, one mapping a measured net; absent ones are 0.
         times: Seconds by module name, "" for the rest, one mapping a measured net.
         dimensions: Of the model's tensors.
         counter: Of the candidates.
@@ -258,28 +369,50 @@ def fit_timing(
         The fit.
     """
     modules: dict[str, tuple[float, ...]] = {}
+    factored: dict[str, tuple[float, ...]] = {}
     rest = np.asarray([measured.get("", 0.0) for measured in times])
     for name in times[0]:
         if not name:
             continue
-        seconds = np.asarray([measured.get(name, 0.0) for measured in times])
+        form = counter.forms.get(f"{name}.weight")
+        ranked = form if form is not None and form.ranks else None
         over, features = _features(name, dimensions, counter)
-        if not over:
-            rest = rest + seconds
+        if not over and ranked is None and counter.block_of(name) is None:
+            rest = rest + np.asarray([measured.get(name, 0.0) for measured in times])
             continue
         full = [counter.full(f, over) for f in features]
-        rows = np.asarray([[f[tuple(design[c] for c in over)] for f in full] for design in designs])
-        # Relative errors count: small nets are the ones that plans choose.
-        weight = 1 / np.maximum(seconds, seconds.max() * 0.02 + 1e-12)
-        modules[name] = tuple(float(c) for c in _non_negative(rows * weight[:, None], seconds * weight))
+        seen = [i for i, measured in enumerate(times) if name in measured]
+        rows = np.asarray([[f[tuple(designs[i].get(c, 0) for c in over)] for f in full] for i in seen])
+        modules[name] = _relative_fit(rows, np.asarray([times[i][name] for i in seen]))
+        pairs = [i for i, measured in enumerate(times) if f"{name}.0" in measured]
+        if ranked is not None and pairs:
+            matrix = counter.matrix(ranked, dimensions[f"{name}.weight"])
+            tables = _factored_features(matrix)
+            places = [(*(designs[i].get(c, 0) for c in matrix.over), designs[i].get(ranked.choice, 0)) for i in pairs]
+            seconds = np.asarray([times[i][f"{name}.0"] + times[i].get(f"{name}.1", 0.0) for i in pairs])
+            factored[name] = _relative_fit(np.asarray([[t[p] for t in tables] for p in places]), seconds)
     shares = {choice: counter.share(choice) for choice in counter.removed}
-    rows = np.asarray([[1.0, *(shares[c][design[c]] for c in counter.removed)] for design in designs])
-    timing = Timing(modules, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
+    rows = np.asarray([
+        [
+            1.0,
+            *(shares[c][design.get(c, 0)] for c in counter.removed),
+            *(1.0 - design.get(b.choice, 0) for b in counter.blocks),
+        ]
+        for design in designs
+    ])
+    timing = Timing(modules, factored, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
     terms = timing.terms(dimensions, counter)
-    sums = np.asarray([total(terms, picks)["latency"] for picks in designs[: len(whole)]])
+    names = {name for term in terms for name in term.over}
+    sums = np.asarray([total(terms, {n: picks.get(n, 0) for n in names})["latency"] for picks in designs[: len(whole)]])
     anchors = np.stack([sums, np.ones_like(sums)], 1) / np.asarray(whole)[:, None]
     scale, offset = _non_negative(anchors, np.ones_like(sums))
-    return Timing(timing.modules, timing.rest, float(scale), float(offset))
+    return Timing(timing.modules, timing.factored, timing.rest, float(scale), float(offset))
+
+
+def _relative_fit(rows: Table, seconds: Table) -> tuple[float, ...]:
+    """Return non-negative coefficients; relative errors count: small nets are the ones that plans choose."""
+    weight = 1 / np.maximum(seconds, seconds.max() * 0.02 + 1e-12)
+    return tuple(float(c) for c in _non_negative(rows * weight[:, None], seconds * weight))
 
 
 def share_terms(
@@ -303,31 +436,44 @@ def share_terms(
     return [Term((), resource, np.asarray(found[0])), *slopes]
 
 
-def designs(counter: Counter, *, count: int, seed: int) -> list[dict[str, int]]:
+def designs(decisions: Decisions, *, count: int, seed: int, widths_only: bool = False) -> list[dict[str, int]]:
     """Choose nets to measure: the uncut one, the smallest one, and random combinations of options.
 
     Args:
-        counter: Of the candidates.
+        decisions: The candidates.
         count: Number of nets.
         seed: Of the random ones.
+        widths_only: Whether forms and blocks stay as they are.
 
     Returns:
-        Option index of each width decision.
+        Option index of each decision that changes the net's shape.
     """
     generator = np.random.default_rng(seed)
-    chosen = [dict.fromkeys(counter.removed, 0), {c: len(r) - 1 for c, r in counter.removed.items()}]
+    options = {w.choice: list(range(len(w.kept))) for w in decisions.widths}
+    others: dict[str, list[int]] = {}
+    if not widths_only:
+        for form in decisions.forms:
+            ranks = [i for i, s in enumerate(form.structures) if isinstance(s, LowRank)]
+            others |= {form.choice: [*[0] * len(ranks), *ranks]} if ranks else {}
+        # A block that is left out says nothing about the modules in it: mostly it stays.
+        others |= {block.choice: [0, 0, 0, 1] for block in decisions.blocks}
+    uncut = dict.fromkeys([*options, *others], 0)
+    if len(uncut) == 0:
+        return [uncut]
+    chosen = [uncut, {**uncut, **{w.choice: len(w.kept) - 1 for w in decisions.widths}}]
     # Each decision runs through its options in a random order of its own, so that every option is measured.
     columns = {}
-    for choice, removed in counter.removed.items():
-        repeats = -(-count // len(removed))
-        columns[choice] = np.concatenate([generator.permutation(len(removed)) for _ in range(repeats)])
+    for choice, values in {**options, **others}.items():
+        repeats = -(-count // len(values))
+        columns[choice] = np.concatenate([generator.permutation(values) for _ in range(repeats)])
     chosen += [{choice: int(column[i]) for choice, column in columns.items()} for i in range(count - 2)]
-    return chosen if counter.removed else chosen[:1]
+    return chosen
 
 
-def choices(widths: Sequence[Widths], grids: Sequence[Grids]) -> list[Choice]:
+def choices(decisions: Decisions) -> list[Choice]:
     """Return the planner's decisions."""
     return [
-        *(Choice(w.choice, tuple(str(kept) for kept in w.kept)) for w in widths),
-        *(Choice(g.choice, tuple("float32" if s is None else repr(s) for s in g.structures)) for g in grids),
+        *(Choice(w.choice, tuple(str(kept) for kept in w.kept)) for w in decisions.widths),
+        *(Choice(f.choice, tuple("as it is" if s is None else repr(s) for s in f.structures)) for f in decisions.forms),
+        *(Choice(b.choice, ("stays", b.kind)) for b in decisions.blocks),
     ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import nn
 from .. import cost
 from .._types import Counts
 from ..report import PlanLine, Speedup, Split
-from ..sites import Site, find
-from ..structures import Structure, UniformGrid
+from ..sites import find
+from ..structures import NM, Both, LowRank, Rows, Structure, UniformGrid, Unstructured
 from . import apply, measure
-from .artifact import Blueprint
-from .candidates import Grids, Widths
+from .artifact import Blueprint, stored_bits
+from .calibrate import Meter
+from .candidates import Block, Forms, Widths, fitting
 from .checkpoint import Run
-from .checks import count_samples
 from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
@@ -59,10 +58,8 @@ def verify(
     scores = {**scores, "selection after": job.score(net, of="the compressed model")}
     job.progress("verify", 0.3, "latency against the original")
     after = measure.costs(net, job.inputs)
-    after["size"] = float(measure.packed_bytes(net, blueprint.grids))
-    base = apply.shaped(
-        job.model, apply.surgery(space.widths, {}), folded=space.folded, memory_format=space.memory_format
-    )
+    after["size"] = float(measure.packed_bytes(net, blueprint.structures))
+    base = space.shaped({})
     batch = measure.batch_size(job.inputs)
     rivals = {"the original": job.model, "the original, folded, in the same memory format": base}
     compared = {}
@@ -149,84 +146,109 @@ def _score(value: float | dict[str, Any]) -> float | Counts:
 class _Alone:
     """The measured loss increase of single decisions on some calibration samples, as long as its time lasts."""
 
-    def __init__(self, job: Job, *, samples: int = 512) -> None:
-        self.job, self.batches, seen = job, [], 0
-        for batch in job.batches:
-            self.batches.append(batch)
-            seen += count_samples(batch)
-            if seen >= samples:
-                break
-        self.end = time.monotonic() + 10 * job.seconds
-        self.base = self._loss(job.model)
+    def __init__(self, job: Job, space: Space) -> None:
+        self._space, self._meter = space, Meter(job)
+        self._end = time.monotonic() + 10 * job.seconds
+        self._known = {(a.choice, a.option): a.measured for a in space.calibration.anchors}
 
-    def __call__(self, build: Callable[[], nn.Module]) -> float | None:
-        if time.monotonic() > self.end:
+    def __call__(self, choice: str, option: int) -> float | None:
+        if (choice, option) in self._known:
+            return self._known[choice, option]
+        if time.monotonic() > self._end:
             return None
-        return self._loss(build()) - self.base
-
-    def _loss(self, net: nn.Module) -> float:
-        with evaluating(net):
-            return sum(float(self.job.loss(net, batch)) for batch in self.batches) / len(self.batches)
+        return self._meter(self._space.draft({choice: option}).finished())[0]
 
 
 def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[PlanLine, ...]:
-    alone = _Alone(job)
-    lines = [_width_line(job, space, width, plan.picks[width.choice], alone) for width in space.widths]
+    alone, decisions = _Alone(job, space), space.decisions
+    lines = [_block_line(block, plan.picks[block.choice], alone) for block in decisions.blocks]
+    lines += [_width_line(width, plan.picks[width.choice], alone) for width in decisions.widths]
+    removed, factored = decisions.removed(plan.picks), apply.blueprint(decisions, plan.picks, space.layout).factored
     after = {site.name: site.shape for site in find(net)}
     arguments = measure.positional(job.inputs)
     with evaluating(job.model):
         seconds = [
             cost.module_times(m, *arguments, seconds=0.2 * job.seconds, threads=job.threads) for m in (job.model, net)
         ]
-    for grid in space.grids:
-        times = [1e3 * found[grid.site.module_name] if grid.site.module_name in found else None for found in seconds]
-        lines.append(_grid_line(job, grid, plan.picks[grid.choice], after[grid.site.name], (times[0], times[1]), alone))
+    for form in decisions.forms:
+        if any(form.site.module_name == name or form.site.module_name.startswith(f"{name}.") for name in removed):
+            continue
+        name = form.site.module_name
+        shape = after.get(form.site.name)
+        parts = [name]
+        if name in factored:
+            parts = [f"{name}.0", f"{name}.1"]
+            shape = (after[parts[1]][0], after[parts[0]][1])
+        assert shape is not None
+        times = [_milliseconds(seconds[0], [name]), _milliseconds(seconds[1], parts)]
+        lines.append(_form_line(form, plan.picks[form.choice], shape, (times[0], times[1]), alone))
     return tuple(lines)
 
 
-def _width_line(job: Job, space: Space, width: Widths, option: int, alone: _Alone) -> PlanLine:
+def _milliseconds(found: Mapping[str, float], names: Sequence[str]) -> float | None:
+    return 1e3 * sum(found[name] for name in names) if all(name in found for name in names) else None
+
+
+def _block_line(block: Block, option: int, alone: _Alone) -> PlanLine:
+    if not option:
+        return PlanLine(block.choice, "stays", predicted_loss=0.0, maturity="exact")
+    change = "left out: passes its input on" if block.kind == "identity" else "left out: gives zero"
+    measured = alone(block.choice, option)
+    return PlanLine(block.choice, change, predicted_loss=block.loss, measured_loss=measured, maturity="exact")
+
+
+def _width_line(width: Widths, option: int, alone: _Alone) -> PlanLine:
     size = width.group.size
     if not option:
         return PlanLine(width.choice, f"keeps all {size} channels", predicted_loss=0.0, maturity="exact")
-    measured = alone(
-        lambda: apply.cut(job.model, [width], {width.choice: option}, sites=space.sites, curvature=space.curvature)
-    )
+    measured = alone(width.choice, option)
     change = f"keeps {width.kept[option]} of {size} channels"
     return PlanLine(width.choice, change, predicted_loss=width.losses[option], measured_loss=measured, maturity="exact")
 
 
-def _grid_line(
-    job: Job,
-    grid: Grids,
+def _form_line(
+    form: Forms,
     option: int,
     shape: tuple[int, int],
     milliseconds: tuple[float | None, float | None],
     alone: _Alone,
 ) -> PlanLine:
-    site, structure = grid.site, grid.structures[option]
+    site, wanted = form.site, form.structures[option]
+    structure = None if wanted is None else fitting(wanted, shape)
     shapes = f"{shape[0]} x {shape[1]}"
     if shape != site.shape:
         shapes = f"{site.shape[0]} x {site.shape[1]} to {shapes}"
-    measured = None
-    if structure is not None:
-        measured = alone(lambda: _rounded(job.model, site, structure))
     return PlanLine(
         site.name,
-        f"{shapes}, {f'{structure.code_bits} bits' if isinstance(structure, UniformGrid) else 'float32'}",
-        predicted_loss=grid.losses[option],
-        measured_loss=measured,
+        f"{shapes}, {described(structure, shape)}",
+        predicted_loss=form.losses[option],
+        measured_loss=alone(form.choice, option) if structure is not None else None,
         bytes_before=4 * site.shape[0] * site.shape[1],
-        bytes_after=structure.bits(shape) // 8 if structure is not None else 4 * shape[0] * shape[1],
+        bytes_after=stored_bits(structure, shape) // 8,
         milliseconds_before=milliseconds[0],
         milliseconds_after=milliseconds[1],
         maturity="exact",
     )
 
 
-def _rounded(model: nn.Module, site: Site, structure: Structure) -> nn.Module:
-    net = copy.deepcopy(model)
-    site.write_(net, structure.project(site.read(net)))
-    return net
+def described(structure: Structure | None, shape: tuple[int, int]) -> str:
+    """Return a structure of a matrix (m, n) in words."""
+    if structure is None:
+        return "float32"
+    if isinstance(structure, UniformGrid):
+        scales = f", a scale for {structure.group} columns" if structure.group else ""
+        return f"{structure.code_bits} bits{scales}"
+    if isinstance(structure, LowRank):
+        factors = described(structure.grid, shape)
+        return f"rank {structure.rank_of(shape)}, {factors}"
+    if isinstance(structure, NM):
+        return f"{structure.n} of {structure.m}"
+    if isinstance(structure, Unstructured | Rows):
+        what = "rows" if isinstance(structure, Rows) else "entries"
+        return f"{100 * structure.density:.3g} % of the {what}"
+    if isinstance(structure, Both):
+        return f"{described(structure.first, shape)}, {described(structure.second, shape)}"
+    return repr(structure)
 
 
 def _splits(job: Job, scores: Mapping[str, float | Counts], openings: Mapping[str, int]) -> tuple[Split, ...]:
@@ -244,7 +266,7 @@ def _splits(job: Job, scores: Mapping[str, float | Counts], openings: Mapping[st
 
 def _environment(job: Job, space: Space) -> dict[str, str]:
     found = {str(key): str(value) for key, value in cost.environment().to_json().items()}
-    found["memory format"] = space.memory_format
-    found["folded"] = str(len(space.folded))
+    found["memory format"] = space.layout.memory_format
+    found["folded"] = str(len(space.layout.folded))
     found["threads"] = str(job.threads)
     return found

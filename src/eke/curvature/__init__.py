@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .curvature import Curvature
 from .factors import Basis, Factors
+from .recorder import Call, Recorder
 from .sampled import sampled_loss
 
-__all__ = ["Basis", "Curvature", "Factors", "sampled_loss"]
+__all__ = ["Basis", "Call", "Curvature", "Factors", "Recorder", "sampled_loss"]

@@ -39,7 +39,8 @@ def reconstruct(structure: Structure, weight: Tensor, metric: Metric, *, steps: 
     metric.check(tuple(weight.shape))
     tried = plain_projections(structure, weight, metric)
     if isinstance(structure, LowRank):
-        tried["closed form"] = weighted_low_rank(structure, weight, metric)
+        nearest = weighted_low_rank(structure, weight, metric)
+        tried["closed form"] = nearest if structure.grid is None else structure.project(nearest)
     elif steps:
         tried["admm"] = admm(structure, weight, metric, steps=steps)
     starts: list[tuple[str, Tensor | None]] = [("", None)]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from .both import Both, BothPacked
-from .grids import Packed, UniformGrid
-from .low_rank import LowRank, LowRankPacked
+from .both import Both
+from .grids import UniformGrid
+from .low_rank import LowRank
 from .packing import pack, unpack
-from .sparse import NM, Rows, Sparse, SparsePacked, Unstructured
-from .structure import ColumnRule, Exactness, Structure, Supported, Sweepable, straight_through
+from .sparse import NM, Rows, Sparse, Unstructured
+from .structure import ColumnRule, Exactness, Packable, Structure, Supported, Sweepable, straight_through
 
 __all__ = [
     "NM",
     "Both",
-    "BothPacked",
     "ColumnRule",
     "Exactness",
     "LowRank",
-    "LowRankPacked",
-    "Packed",
+    "Packable",
     "Rows",
     "Sparse",
-    "SparsePacked",
     "Structure",
     "Supported",
     "Sweepable",

@@ -6,33 +6,16 @@ proved to be: heuristic. Stored are the packed support, the codes of kept entrie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .grids import Packed, UniformGrid
-from .packing import pack, packed_bytes, unpack
+from .grids import UniformGrid
+from .packing import packed_bytes
 from .sparse import NM, Rows, Unstructured
 from .structure import ColumnRule, Exactness
-
-
-@dataclass(frozen=True)
-class BothPacked:
-    """A sparse quantised matrix as it is stored.
-
-    Args:
-        support: uint8, packed support.
-        grid: Codes of the kept entries row by row, and the scales.
-    """
-
-    support: Tensor
-    grid: Packed
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of support, codes and scales."""
-        return self.support.numel() + self.grid.bytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,8 @@ class Both:
     def __post_init__(self) -> None:
         if not isinstance(self.first, Unstructured | NM | Rows) or not isinstance(self.second, UniformGrid):
             raise TypeError(
-                f"Both composes Unstructured, NM or Rows with a UniformGrid, got {self.first}, {self.second}."
+                f"Both composes Unstructured, NM or Rows with a UniformGrid, got {self.first}, {self.second}; for "
+                "factors on a grid write LowRank(rank, UniformGrid(bits))."
             )
         if self.second.code_bits == 1:
             raise TypeError(f"Both needs a grid with a level for 0: at least 2 bits, got {self.second}.")
@@ -97,17 +81,16 @@ class Both:
         rule = self.second.by_columns(torch.where(support, v, torch.zeros_like(v)), score)
         return lambda column, j: rule(column * support[:, j], j)
 
-    def encode(self, v: Tensor) -> BothPacked:
-        """Return v projected and packed; a member loses nothing."""
+    def encode(self, v: Tensor) -> dict[str, Tensor]:
+        """Return v projected and packed: support, codes of kept entries row by row, scales; a member loses nothing."""
         support = self.first.support(v)
         codes, scales = self.second.quantize(torch.where(support, v, torch.zeros_like(v)))
-        shifted = (codes[support] + self.second.top).to(torch.uint8)
-        return BothPacked(self.first.encode_support(support), Packed(pack(shifted, self.second.code_bits), scales))
+        packed = self.second.pack_codes(codes[support])
+        return {"support": self.first.encode_support(support), "codes": packed, "scales": scales}
 
-    def decode(self, packed: BothPacked, shape: tuple[int, int]) -> Tensor:
+    def decode(self, packed: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """Return the float32 matrix (m, n) that was packed."""
-        support = self.first.decode_support(packed.support, shape)
+        support = self.first.decode_support(packed["support"], shape)
         codes = torch.zeros(shape, dtype=torch.int8, device=support.device)
-        stored = unpack(packed.grid.codes, self.second.code_bits, self.first.kept(shape))
-        codes[support] = stored.to(torch.int8) - self.second.top
-        return self.second.dequantize(codes, packed.grid.scales)
+        codes[support] = self.second.unpack_codes(packed["codes"], self.first.kept(shape))
+        return self.second.dequantize(codes, packed["scales"])

@@ -19,6 +19,7 @@ networks for efficient inference", 2019.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,24 +31,6 @@ from .structure import ColumnRule, Exactness, check_matrix, check_shape
 _SMALLEST = 2.0**-100
 _LARGEST = 2.0**120
 _SEARCH = {2: (0.12, 24), 3: (0.2, 24), 4: (0.3, 20), 5: (0.4, 16), 6: (0.5, 14), 7: (0.6, 12), 8: (0.7, 10)}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A quantised matrix as it is stored.
-
-    Args:
-        codes: uint8 (ceil(m * n * bits / 8),): codes shifted to be non-negative, bit-packed row by row.
-        scales: float32 (m, groups of columns).
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.numel() + 4 * self.scales.numel()
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -174,13 +157,30 @@ class UniformGrid:
 
         return rule
 
-    def encode(self, v: Tensor) -> Packed:
-        """Return v quantised and packed; a matrix on the grid (a projection, a sweep's result) loses nothing."""
-        codes, scales = self.quantize(v)
-        shifted = codes > 0 if self.code_bits == 1 else codes + self.top
-        return Packed(codes=pack(shifted.to(torch.uint8), self.code_bits), scales=scales)
+    def encode(self, v: Tensor) -> dict[str, Tensor]:
+        """Return v quantised and packed; a matrix on the grid (a projection, a sweep's result) loses nothing.
 
-    def decode(self, packed: Packed, shape: tuple[int, int]) -> Tensor:
+        Args:
+            v: Matrix (m, n).
+
+        Returns:
+            codes: uint8 (ceil(m * n * bits / 8),), shifted to be non-negative, bit-packed row by row; scales: float32
+            (m, groups of columns).
+        """
+        codes, scales = self.quantize(v)
+        return {"codes": self.pack_codes(codes), "scales": scales}
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """Return int8 codes of any shape, shifted and packed, uint8."""
+        shifted = codes > 0 if self.code_bits == 1 else codes + self.top
+        return pack(shifted.to(torch.uint8), self.code_bits)
+
+    def unpack_codes(self, packed: Tensor, count: int) -> Tensor:
+        """Return int8 codes (count,) of `pack_codes`."""
+        codes = unpack(packed, self.code_bits, count).to(torch.int8)
+        return 2 * codes - 1 if self.code_bits == 1 else codes - self.top
+
+    def decode(self, packed: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """Invert `encode`.
 
         Args:
@@ -194,14 +194,12 @@ class UniformGrid:
             ValueError: if codes or scales do not belong to a matrix of this shape.
         """
         rows, columns = shape
-        if tuple(packed.scales.shape) != (rows, self.groups(columns)):
+        if tuple(packed["scales"].shape) != (rows, self.groups(columns)):
             raise ValueError(
                 f"{self}.decode of a matrix {tuple(shape)} needs scales {(rows, self.groups(columns))}, "
-                f"got {tuple(packed.scales.shape)}."
+                f"got {tuple(packed['scales'].shape)}."
             )
-        codes = unpack(packed.codes, self.code_bits, rows * columns).view(rows, columns).to(torch.int8)
-        codes = 2 * codes - 1 if self.code_bits == 1 else codes - self.top
-        return self.dequantize(codes, packed.scales)
+        return self.dequantize(self.unpack_codes(packed["codes"], rows * columns).view(rows, columns), packed["scales"])
 
     def dequantize(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return scale * code (m, n) in dtype, without rounding in float32 and float64."""

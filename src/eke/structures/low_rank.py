@@ -8,53 +8,50 @@ Cost: one SVD, O(m n min(m, n)), in float64.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .grids import UniformGrid
 from .structure import Exactness, check_matrix, check_shape
 
 
-@dataclass(frozen=True)
-class LowRankPacked:
-    """Two factors: the matrix is left @ right.
-
-    Args:
-        left: float32 (m, rank).
-        right: float32 (rank, n).
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of both factors."""
-        return 4 * (self.left.numel() + self.right.numel())
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
-    """Matrices of at most this rank.
+    """Matrices of at most this rank, as two factors, which may lie on a grid.
 
     Args:
-        rank: Largest rank, positive.
+        rank: Largest rank: a positive whole number, or a share in (0, 1) of min(m, n), at least 1.
+        grid: Grid of both factors; None keeps them in float32.
 
     Raises:
-        ValueError: if rank is not positive.
+        ValueError: if rank is out of range.
+        TypeError: if grid is no `UniformGrid`.
     """
 
-    rank: int
+    rank: int | float
+    grid: UniformGrid | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LowRank needs a rank of at least 1, got {self.rank}.")
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not (self.rank >= 1 if whole else 0 < self.rank < 1):
+            raise ValueError(f"LowRank needs a rank of at least 1 or a share in (0, 1), got {self.rank}.")
+        if self.grid is not None and not isinstance(self.grid, UniformGrid):
+            raise TypeError(f"LowRank keeps its factors on a UniformGrid or in float32, got {self.grid!r}.")
+
+    def __repr__(self) -> str:
+        return f"LowRank(rank={self.rank}" + (f", grid={self.grid})" if self.grid else ")")
 
     @property
     def exactness(self) -> Exactness:
-        """Exact, by Eckart and Young."""
-        return "exact"
+        """Exact, by Eckart and Young; heuristic with factors on a grid, which are rounded one after the other."""
+        return "exact" if self.grid is None else "heuristic"
+
+    def rank_of(self, shape: tuple[int, int]) -> int:
+        """Return the rank as a whole number for a matrix of this shape."""
+        return self.rank if isinstance(self.rank, int) else max(1, round(self.rank * min(shape)))
 
     def check(self, shape: tuple[int, int]) -> None:
         """Refuse matrices smaller than the rank.
@@ -63,52 +60,74 @@ class LowRank:
             ValueError: if the rank is above min(m, n).
         """
         check_shape(self, shape)
-        if self.rank > min(shape):
+        if self.rank_of(shape) > min(shape):
             raise ValueError(f"{self} needs a matrix with min(m, n) >= {self.rank}, got {tuple(shape)}; use skip=.")
 
     def bits(self, shape: tuple[int, int]) -> int:
-        """Return the bits of two float32 factors."""
+        """Return the bits of the two factors: 8 times the stored bytes."""
         self.check(shape)
-        return 32 * self.rank * (shape[0] + shape[1])
+        rank = self.rank_of(shape)
+        if self.grid is None:
+            return 32 * rank * (shape[0] + shape[1])
+        return self.grid.bits((shape[0], rank)) + self.grid.bits((rank, shape[1]))
 
     def project(self, v: Tensor, score: Tensor | None = None) -> Tensor:
-        """Return the closest matrix of this rank.
+        """Return the closest matrix of this rank; with a grid, the product of its rounded factors.
+
+        With a grid it is not idempotent: a product of rounded factors has other factors as well.
 
         Args:
             v: Matrix (m, n).
             score: Weights of the squared errors: (n,), or (m, n) of the form row weight * column weight.
 
         Returns:
-            (m, n) in the dtype of v (float32 for half precision).
-
-        Raises:
-            ValueError: if the score is no product of row and column weights.
+            (m, n) in the dtype of v (float32 for half precision). Other scores than such products raise ValueError.
         """
         weights = check_matrix(self, v, score)
-        self.check((v.shape[0], v.shape[1]))
+        shape = (v.shape[0], v.shape[1])
+        self.check(shape)
         dtype = torch.promote_types(v.dtype, torch.float32)
+        nearest = self._nearest(v.double(), weights)
+        if self.grid is not None:
+            left, right = self.factors(nearest)
+            nearest = self.grid.project(left.float()).double() @ self.grid.project(right.float()).double()
+        return nearest.to(dtype)
+
+    def _nearest(self, v: Tensor, weights: Tensor | None) -> Tensor:
+        rank = self.rank_of((v.shape[0], v.shape[1]))
         if weights is None:
-            return truncate(v.double(), self.rank).to(dtype)
+            return truncate(v, rank)
         weights = weights.double()
         peak = weights.max().clamp_min(torch.finfo(torch.float64).tiny)
         rows, columns = weights.sum(1), weights.sum(0)
         if float((torch.outer(rows, columns) / weights.sum().clamp_min(1e-300) - weights).abs().max()) > 1e-5 * peak:
             raise ValueError(
-                f"{self} needs a score that is a row weight times a column weight; pass (n,) column weights."
+                f"{self} needs a score that is a row weight times a column weight, got {tuple(weights.shape)} others; "
+                "pass (n,) column weights."
             )
         # A weight of 0 leaves its row or column free; a small one keeps the scaling invertible.
         left, right = (w.clamp_min(1e-12 * float(w.max()) or 1.0).sqrt() for w in (rows, columns))
-        scaled = truncate(left[:, None] * v.double() * right, self.rank)
-        return (scaled / left[:, None] / right).to(dtype)
+        return truncate(left[:, None] * v * right, rank) / left[:, None] / right
 
-    def encode(self, v: Tensor) -> LowRankPacked:
-        """Return the factors of the projection of v (m, n), singular values shared equally between them."""
-        self.check((v.shape[0], v.shape[1]))
+    def factors(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors (m, rank) and (rank, n) of the projection of v (m, n), not rounded, in float64.
+
+        Singular values are shared equally between them.
+        """
         u, s, vh = torch.linalg.svd(v.double(), full_matrices=False)
-        root = s[: self.rank].sqrt()
-        return LowRankPacked((u[:, : self.rank] * root).float(), (root[:, None] * vh[: self.rank]).float())
+        rank = self.rank_of((v.shape[0], v.shape[1]))
+        root = s[:rank].sqrt()
+        return u[:, :rank] * root, root[:, None] * vh[:rank]
 
-    def decode(self, packed: LowRankPacked, shape: tuple[int, int]) -> Tensor:
+    def encode(self, v: Tensor) -> dict[str, Tensor]:
+        """Return both factors of the projection of v (m, n): float32, or codes and scales of each."""
+        self.check((v.shape[0], v.shape[1]))
+        both = dict(zip(("left", "right"), (factor.float() for factor in self.factors(v))))
+        if self.grid is None:
+            return both
+        return {f"{side}.{part}": x for side, f in both.items() for part, x in self.grid.encode(f).items()}
+
+    def decode(self, packed: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """Return left @ right.
 
         Args:
@@ -121,12 +140,19 @@ class LowRank:
         Raises:
             ValueError: if the factors do not give this shape.
         """
-        if (packed.left.shape[0], packed.right.shape[1]) != tuple(shape):
+        rank = self.rank_of(shape)
+        shapes = {"left": (shape[0], rank), "right": (rank, shape[1])}
+        if self.grid is None:
+            found = {side: packed[side] for side in shapes}
+        else:
+            parts = {side: {part: packed[f"{side}.{part}"] for part in ("codes", "scales")} for side in shapes}
+            found = {side: self.grid.decode(parts[side], shapes[side]) for side in shapes}
+        if any(tuple(found[side].shape) != shapes[side] for side in shapes):
             raise ValueError(
-                f"{self}.decode needs factors of a matrix {tuple(shape)}, got {tuple(packed.left.shape)} and "
-                f"{tuple(packed.right.shape)}."
+                f"{self}.decode needs factors of a matrix {tuple(shape)}, got {tuple(found['left'].shape)} and "
+                f"{tuple(found['right'].shape)}."
             )
-        return packed.left @ packed.right
+        return found["left"] @ found["right"]
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:

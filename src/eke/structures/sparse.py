@@ -9,6 +9,7 @@ read them), a bitmap of rows for `Rows`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,24 +18,6 @@ from torch import Tensor
 
 from .packing import pack, packed_bytes, unpack
 from .structure import ColumnRule, Exactness, check_matrix, check_shape
-
-
-@dataclass(frozen=True)
-class SparsePacked:
-    """A sparse matrix as it is stored.
-
-    Args:
-        support: uint8, packed support.
-        values: float32 (kept,), the entries of the support row by row.
-    """
-
-    support: Tensor
-    values: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of support and values."""
-        return self.support.numel() + 4 * self.values.numel()
 
 
 class Sparse(Protocol):
@@ -91,15 +74,15 @@ class Sparse(Protocol):
         self.check(shape)
         return 8 * (self.support_bytes(shape) + 4 * self.kept(shape))
 
-    def encode(self, v: Tensor) -> SparsePacked:
-        """Return v (m, n) projected and packed; a member in float32 loses nothing."""
+    def encode(self, v: Tensor) -> dict[str, Tensor]:
+        """Return v (m, n) projected and packed, support uint8 and values float32; a member in float32 loses nothing."""
         support = self.support(v)
-        return SparsePacked(self.encode_support(support), v[support].to(torch.float32))
+        return {"support": self.encode_support(support), "values": v[support].to(torch.float32)}
 
-    def decode(self, packed: SparsePacked, shape: tuple[int, int]) -> Tensor:
+    def decode(self, packed: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """Return the float32 matrix (m, n) that was packed."""
-        matrix = torch.zeros(shape, dtype=torch.float32, device=packed.values.device)
-        matrix[self.decode_support(packed.support, shape)] = packed.values
+        matrix = torch.zeros(shape, dtype=torch.float32, device=packed["values"].device)
+        matrix[self.decode_support(packed["support"], shape)] = packed["values"]
         return matrix
 
 

@@ -9,7 +9,7 @@ A class with these four members is a structure; nothing has to be inherited or r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,17 @@ class Sweepable(Protocol):
 
     def by_columns(self, v: Tensor, score: Tensor | None = None) -> ColumnRule:
         """Fix scales or supports from v (m, n) and return the rule that rounds one column."""
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A structure whose members are stored packed, in the bytes that `bits` says."""
+
+    def encode(self, v: Tensor) -> Mapping[str, Tensor]:
+        """Return the tensors that a member v (m, n) is stored as, of `bits` bits together."""
+
+    def decode(self, packed: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Return the member (m, n) again, equal bit for bit."""
 
 
 @runtime_checkable

@@ -1,0 +1,297 @@
+"""Predictions corrected by a few measurements: the loss of single decisions, and of whole plans.
+
+The quadratic form is right for small changes and the average direction; strong changes cost more than it says, some
+sites are worse than their factors tell, and changes of several sites do not simply add. So some options are carried out
+and their loss increase is measured on calibration samples: of every decision one or two of each family (widths,
+grids, supports, ranks, blocks). Between and beyond these anchors a prediction is multiplied by measured/predicted, interpolated
+in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them: monotone, so
+it changes what is reported, not which plan is best.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .._types import Batch
+from ..structures import LowRank, Structure, Supported, UniformGrid
+from .apply import Draft
+from .candidates import Decisions
+from .checks import count_samples
+from .job import Job
+from .task import evaluating
+
+SAMPLES = 512
+"""Calibration samples on which a loss increase is measured."""
+
+_MOST = math.log(20.0)
+"""Largest correction of a prediction, as a logarithm."""
+
+
+class Meter:
+    """Measures the loss increase of changed models on some calibration samples.
+
+    Args:
+        job: What was asked.
+        samples: Samples after which no further batch is taken.
+    """
+
+    def __init__(self, job: Job, *, samples: int = SAMPLES) -> None:
+        self._loss, self._batches = job.loss, list[Batch]()
+        seen = 0
+        for batch in job.batches:
+            self._batches.append(batch)
+            seen += count_samples(batch)
+            if seen >= samples:
+                break
+        self._base = self._losses(job.model)
+
+    def __call__(self, net: nn.Module) -> tuple[float, float]:
+        """Return the loss increase of a net, and its standard error over batches."""
+        change = self._losses(net) - self._base
+        error = float(change.std()) / math.sqrt(len(change)) if len(change) > 1 else 0.0
+        return float(change.mean()), error
+
+    def _losses(self, net: nn.Module) -> torch.Tensor:
+        with evaluating(net):
+            return torch.tensor([float(self._loss(net, batch)) for batch in self._batches], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One decision carried out alone.
+
+    Args:
+        choice: Name of the decision.
+        option: Index of the option.
+        family: Of the option.
+        predicted: Loss that the curvature predicts.
+        measured: Loss increase that was measured.
+        error: Its standard error.
+    """
+
+    choice: str
+    option: int
+    family: str
+    predicted: float
+    measured: float
+    error: float = 0.0
+
+    @property
+    def correction(self) -> float:
+        """Logarithm of measured / predicted; what noise hides counts as at most twice its error."""
+        seen = max(self.measured, 2 * self.error, 1e-12)
+        if self.measured < 2 * self.error and self.predicted <= seen:
+            return 0.0
+        return float(np.clip(math.log(seen / max(self.predicted, 1e-12)), -_MOST, _MOST))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Corrections of predictions.
+
+    Args:
+        anchors: Decisions that were carried out alone.
+        plans: (sum of corrected predictions, measured) of whole plans.
+        scale: c of measured = c * sum**gamma.
+        gamma: Its exponent.
+    """
+
+    anchors: tuple[Anchor, ...] = ()
+    plans: tuple[tuple[float, float], ...] = ()
+    scale: float = 1.0
+    gamma: float = 1.0
+
+    def whole(self, loss: float) -> float:
+        """Return the loss predicted for a whole plan whose corrected predictions sum to `loss`."""
+        return self.scale * loss**self.gamma if loss > 0 else 0.0
+
+    def corrected(self, decisions: Decisions) -> Decisions:
+        """Return the decisions with corrected losses."""
+        losses = {}
+        for choice, found in decisions.losses.items():
+            families = families_of(decisions, choice)
+            losses[choice] = [
+                value * math.exp(self._correction(choice, family, value)) if value > 0 else 0.0
+                for value, family in zip(found, families)
+            ]
+        return decisions.with_losses(losses)
+
+    def _correction(self, choice: str, family: str, value: float) -> float:
+        own = [a for a in self.anchors if a.choice == choice and a.family == family]
+        if not own:
+            # What was not measured is corrected as its family was elsewhere.
+            others = [a.correction for a in self.anchors if a.family == family]
+            return float(np.median(others)) if others else 0.0
+        points = sorted((math.log(max(a.predicted, 1e-12)), a.correction) for a in own)
+        return float(np.interp(math.log(value), [p for p, _ in points], [c for _, c in points]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "anchors": [vars(anchor) for anchor in self.anchors],
+            "plans": [list(plan) for plan in self.plans],
+            "scale": self.scale,
+            "gamma": self.gamma,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Calibration:
+        """Return what `to_json` described."""
+        anchors = tuple(Anchor(**anchor) for anchor in document["anchors"])
+        return cls(anchors, tuple((p, m) for p, m in document["plans"]), document["scale"], document["gamma"])
+
+
+def family(structure: Structure | None) -> str:
+    """Return the family of a matrix's candidate: its predictions err alike."""
+    if structure is None:
+        return "as it is"
+    if isinstance(structure, UniformGrid):
+        return "grid"
+    if isinstance(structure, LowRank):
+        return "rank"
+    return "support" if isinstance(structure, Supported) else type(structure).__name__
+
+
+def families_of(decisions: Decisions, choice: str) -> list[str]:
+    """Return the family of every option of a decision."""
+    for form in decisions.forms:
+        if form.choice == choice:
+            return [family(structure) for structure in form.structures]
+    kind = choice.partition(":")[0]
+    return [kind] * len(decisions.losses[choice])
+
+
+def anchor_options(decisions: Decisions) -> list[tuple[str, int]]:
+    """Return the options to carry out alone, most telling first: of every family of a decision the strongest one (not
+    the very smallest width), then the middle one.
+    """  # noqa: D205
+    first, second = [], []
+    for choice, losses in decisions.losses.items():
+        families = families_of(decisions, choice)
+        for name in dict.fromkeys(families):
+            options = [i for i, f in enumerate(families) if f == name and losses[i] > 0]
+            if name == "channels" and len(options) > 2:
+                options = options[:-1]
+            if options:
+                first.append((choice, options[-1]))
+            if len(options) > 2:
+                second.append((choice, options[len(options) // 2]))
+    return [*first, *second]
+
+
+@dataclass
+class Random:
+    """Random plans of many strengths, as sensible as a planner's: options of like predicted loss together.
+
+    Args:
+        decisions: The candidates.
+        seed: Of the draws.
+    """
+
+    decisions: Decisions
+    seed: int = 0
+    _generator: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._generator = np.random.default_rng(self.seed)
+
+    def draw(self) -> dict[str, int]:
+        """Return the options of a random plan."""
+        losses = self.decisions.losses
+        positive = sorted(value for found in losses.values() for value in found if value > 0)
+        if not positive:
+            return dict.fromkeys(losses, 0)
+        low, high = (math.log(positive[int(q * (len(positive) - 1))]) for q in (0.1, 0.8))
+        level = self._generator.uniform(low, high)
+        picks = {}
+        for choice, found in losses.items():
+            limit = math.exp(level + self._generator.normal())
+            allowed = [i for i, value in enumerate(found) if value <= limit]
+            stay = self._generator.random() < 0.25
+            picks[choice] = 0 if stay or not allowed else int(self._generator.choice(allowed[-3:]))
+        return picks
+
+
+def calibrate(
+    decisions: Decisions,
+    meter: Meter,
+    carry_out: Callable[[Mapping[str, int]], Draft],
+    *,
+    seconds: float,
+    plans: int = 8,
+    seed: int = 0,
+    progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Calibration:
+    """Carry out some decisions alone and some random plans, and correct the predictions by what they cost.
+
+    Args:
+        decisions: The candidates, with the losses that the curvature predicts.
+        meter: Measures loss increases.
+        carry_out: Makes the model of a plan.
+        seconds: Time after which no further option is carried out; a third of it is for whole plans.
+        plans: Most whole plans.
+        seed: Of the random plans.
+        progress: Called with the share that is done.
+
+    Returns:
+        The calibration.
+    """
+    start = time.monotonic()
+    anchors: list[Anchor] = []
+    options = anchor_options(decisions)
+    for number, (choice, option) in enumerate(options):
+        if time.monotonic() - start > seconds * 2 / 3:
+            break
+        progress(0.7 * number / len(options), f"{choice}, option {option}, alone")
+        measured, error = meter(carry_out({choice: option}).finished())
+        name = families_of(decisions, choice)[option]
+        anchors.append(Anchor(choice, option, name, decisions.losses[choice][option], measured, error))
+    found = Calibration(tuple(anchors))
+    corrected = found.corrected(decisions)
+    drawn = Random(corrected, seed)
+    pairs: list[tuple[float, float]] = []
+    for number in range(plans):
+        if time.monotonic() - start > seconds:
+            break
+        progress(0.7 + 0.3 * number / plans, f"random plan {number + 1}")
+        picks = drawn.draw()
+        measured, error = meter(carry_out(picks).finished())
+        total = plan_loss(corrected, picks)
+        if total > 0 and measured > 2 * error:
+            pairs.append((total, measured))
+    scale, gamma = power_law(pairs)
+    return Calibration(tuple(anchors), tuple(pairs), scale, gamma)
+
+
+def plan_loss(decisions: Decisions, picks: Mapping[str, int]) -> float:
+    """Return the sum of the predicted losses of a plan's options; nothing for what a block that is left out holds."""
+    gone = [block for block in decisions.blocks if picks.get(block.choice, 0)]
+    held = {f.choice for f in decisions.forms if any(block.holds(f.site.module_name) for block in gone)}
+    losses = decisions.losses
+    return sum(losses[choice][option] for choice, option in picks.items() if choice not in held)
+
+
+def power_law(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Fit measured = scale * sum**gamma by least squares of logarithms.
+
+    Args:
+        pairs: (sum, measured), positive.
+
+    Returns:
+        scale and gamma; gamma is kept within 0.3 and 1.5, and is 1 for fewer than four pairs.
+    """
+    if not pairs:
+        return 1.0, 1.0
+    x, y = (np.log([pair[i] for pair in pairs]) for i in (0, 1))
+    gamma = 1.0
+    if len(pairs) >= 4 and float(x.std()) > 0.3:
+        gamma = float(np.clip(np.polyfit(x, y, 1)[0], 0.3, 1.5))
+    return float(math.exp(np.median(y - gamma * x))), gamma
