@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import recipe as recipes
+from .front import FRONT, compress_front
 from .load import load_model, load_task, places, resolve
 from .options import DataOption, DebugOption, JsonOption, ModelArgument, TaskOption, ThreadsOption
 from .progress import shown
@@ -61,6 +62,11 @@ def compress(
     out: Annotated[pathlib.Path, typer.Option(metavar="FOLDER", help="Where the result goes.")] = pathlib.Path(
         "compressed"
     ),
+    front: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="N results between the original and the limits.", show_default=False),
+    ] = None,
+    nested: Annotated[bool, typer.Option("--nested", help="With --front: tighter plans build on looser ones.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in FOLDER.")] = False,
     recipe: Annotated[
         pathlib.Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml.", show_default=False)
@@ -94,6 +100,11 @@ def compress(
         if wanted.task == "demo" and not wanted.budget:
             wanted = replace(wanted, budget=DEMO_BUDGET)
         base = None if recipe is None else recipe.absolute().parent
+        if front is not None or nested:
+            check_front(front, out, resume=resume)
+        if front is not None:
+            documents = _front(_complete(wanted), out, front, nested=nested, base=base)
+            _leave_front(documents, out, as_json=as_json)
         check_folder(out, resume=resume)
         try:
             document = _finished(out, wanted) if resume else None
@@ -108,6 +119,47 @@ def compress(
         draw(document, notes=True)
         typer.echo(str(out / "report.html"))
     leave(FAILED if not document.verdict.verified else NOT_MET if document.verdict.met is False else MET)
+
+
+def check_front(count: int | None, folder: pathlib.Path, *, resume: bool) -> None:
+    """Refuse what does not go with --front.
+
+    Args:
+        count: Results asked for.
+        folder: Where they go.
+        resume: Whether a run was to be continued.
+
+    Raises:
+        UsageError: if --nested comes without --front, --resume with it, or the folder is in use.
+    """
+    if count is None:
+        raise UsageError(f"--nested orders the plans of --front N, got --front {count}.")
+    if resume:
+        raise UsageError(f"--front starts anew each time, got --resume with --out {folder}.")
+    if folder.exists() and (
+        not folder.is_dir() or any(path.name != FRONT and not path.name.isdigit() for path in folder.iterdir())
+    ):
+        raise UsageError(f"--out {folder} is in use: give an empty or a new folder.")
+
+
+def _front(
+    wanted: Recipe, folder: pathlib.Path, count: int, *, nested: bool, base: pathlib.Path | None
+) -> list[Document]:
+    return compress_front(
+        wanted, folder, count, nested=nested, base=base,
+        verify=lambda place, recipe: verify_elsewhere(place, recipe, base=base),
+    )  # fmt: skip
+
+
+def _leave_front(documents: list[Document], folder: pathlib.Path, *, as_json: bool) -> None:
+    if as_json:
+        emit({"front": [json.loads(document.to_json()) for document in documents]})
+    else:
+        for number, document in enumerate(documents, start=1):
+            typer.echo(f"{folder / str(number)}: {document.verdict.text}")
+        typer.echo(str(folder / str(len(documents)) / "report.html"))
+    verified = all(document.verdict.verified for document in documents)
+    leave(FAILED if not verified else MET if all(d.verdict.met for d in documents) else NOT_MET)
 
 
 def check_folder(folder: pathlib.Path, *, resume: bool) -> None:

@@ -12,6 +12,7 @@ import json
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ import typer
 from .._version import __version__
 from .load import load_model, load_task
 from .options import DataOption, DebugOption, JsonOption, ModelArgument, TaskOption, ThreadsOption
+from .progress import shown
 from .recipe import Recipe
 from .session import UsageError, emit, session
 from .show import draw
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..compression import Task
-    from ..report import Document, SiteLine
+    from ..report import Calibrated, Document, SiteLine
     from ..sites import ChannelGroup, Site
 
 BITS = 4
@@ -46,6 +48,9 @@ def inspect(
     html: Annotated[
         pathlib.Path | None, typer.Option("--html", metavar="FILE", help="Write a page too.", show_default=False)
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Compare predicted with measured losses; minutes, needs data.")
+    ] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time of each measurement of latency.")] = 1.0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -66,6 +71,8 @@ def inspect(
             raise UsageError(
                 f"inspect needs what {model} is called with: --data FILE.py:FUNCTION or --input 1,3,224,224."
             )
+        if calibrate and recipe.task is None and recipe.data is None:
+            raise UsageError(f"inspect --calibrate measures losses of {model}: give --data FILE.py:FUNCTION.")
         net = load_model(recipe)
         known = load_task(recipe) if recipe.task or recipe.data else None
         with pinned_threads(threads):
@@ -76,12 +83,16 @@ def inspect(
                 title=recipe.model or "demo",
                 seconds=seconds,
             )
+            if calibrate:
+                document = calibrated(net, known, document, threads=threads, seconds=seconds)
         if html is not None:
             write_bytes(html, pages.render(document).encode())
     if as_json:
         emit({**json.loads(document.to_json()), "channel_groups": groups, "skipped": left_out})
         return
     draw(document)
+    for found in document.calibration:
+        typer.echo(f"{found.kind}: {found.label}: predicted {found.predicted:+.3g}, measured {found.measured:+.3g}")
     for note in document.notes:
         typer.echo(note)
     if html is not None:
@@ -154,6 +165,48 @@ def inspected(
         environment={str(k): str(v) for k, v in cost.environment().to_json().items()},
     )  # fmt: skip
     return document, [_group_json(group) for group in groups], left_out
+
+
+def calibrated(
+    model: nn.Module, task: Task | None, document: Document, *, threads: int | None, seconds: float
+) -> Document:
+    """Add predicted and measured losses of single changes and whole plans to a report.
+
+    Args:
+        model: The model; not changed.
+        task: Its data.
+        document: The report so far.
+        threads: Torch threads of latency measurements.
+        seconds: Time of one measurement of latency.
+
+    Returns:
+        The report with them.
+    """
+    from ..compression import survey
+
+    assert task is not None
+    with shown() as progress:
+        found = survey(model, task, threads=threads, seconds=seconds, progress=progress).calibrate()
+    return replace(document, calibration=tuple(found), notes=(*document.notes, *agreement(found)))
+
+
+def agreement(found: Sequence[Calibrated]) -> list[str]:
+    """Say how well predictions agree with measurements: rank correlation and typical factor, plans apart."""
+    from scipy.stats import spearmanr
+
+    notes = []
+    for name, chosen in (
+        ("single changes", [c for c in found if c.kind != "plan"]),
+        ("whole plans", [c for c in found if c.kind == "plan"]),
+    ):
+        if len(chosen) < 3:
+            continue
+        rank = float(spearmanr([c.predicted for c in chosen], [c.measured for c in chosen]).statistic)
+        seen = [c for c in chosen if c.measured > 0 and c.predicted > 0]
+        factors = sorted(max(c.predicted / c.measured, c.measured / c.predicted) for c in seen)
+        typical = f", median factor {factors[len(factors) // 2]:.2f}" if factors else ""
+        notes.append(f"predicted against measured loss of {len(chosen)} {name}: Spearman {rank:.3f}{typical}")
+    return notes
 
 
 def sensitivities(model: nn.Module, task: Task, sites: Sequence[Site]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from .gate import gate
 from .inspect import inspect
 from .report import report
 from .verify import verify
+from .why import why
 
 app = typer.Typer(
     name="eke",
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compress, inspect, verify, gate, report, doctor):
+for verb in (compress, inspect, why, verify, gate, report, doctor):
     app.command()(verb)
 
 

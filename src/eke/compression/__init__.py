@@ -5,26 +5,32 @@ from __future__ import annotations
 from .artifact import load
 from .budget import Budget
 from .lessons import distillation
-from .pipeline import compress
-from .plan import Choice, InfeasibleError, Plan, Term, choose
+from .pipeline import compress, front
+from .plan import Choice, InfeasibleError, Plan, Term, choose, choose_nested
 from .recover import Recovery
 from .result import Result
+from .survey import Option, Survey, survey
 from .task import Task, accuracy, cross_entropy, forward
 
 __all__ = [
     "Budget",
     "Choice",
     "InfeasibleError",
+    "Option",
     "Plan",
     "Recovery",
     "Result",
+    "Survey",
     "Task",
     "Term",
     "accuracy",
     "choose",
+    "choose_nested",
     "compress",
     "cross_entropy",
     "distillation",
     "forward",
+    "front",
     "load",
+    "survey",
 ]

@@ -3,9 +3,9 @@
 The quadratic form is right for small changes and the average direction; strong changes cost more than it says, some
 sites are worse than their factors tell, and changes of several sites do not simply add. So some options are carried out
 and their loss increase is measured on calibration samples: of every decision one or two of each family (widths,
-grids, supports, ranks, blocks). Between and beyond these anchors a prediction is multiplied by measured/predicted, interpolated
-in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them: monotone, so
-it changes what is reported, not which plan is best.
+grids, supports, ranks, blocks). Between and beyond these anchors a prediction is multiplied by measured/predicted,
+interpolated in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them:
+monotone, so it changes what is reported, not which plan is best.
 """
 
 from __future__ import annotations
@@ -202,6 +202,10 @@ class Random:
 
     def __post_init__(self) -> None:
         self._generator = np.random.default_rng(self.seed)
+
+    def order(self, count: int) -> list[int]:
+        """Return a random order of so many things."""
+        return [int(i) for i in self._generator.permutation(count)]
 
     def draw(self) -> dict[str, int]:
         """Return the options of a random plan."""

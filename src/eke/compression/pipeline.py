@@ -10,35 +10,30 @@ selection split) the check of the result, and `report` is opened once, at the en
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import cost
 from .._types import Batch, Counts, Evaluate, Loss
-from ..sites import unwrap
-from ..solvers import reconstruct
 from ..structures import Structure
 from . import apply, measure
-from .artifact import state_digest
 from .budget import Budget
-from .candidates import STRUCTURES, Solver, quick
+from .candidates import STRUCTURES, Solver
 from .checkpoint import Run, read_tensors, write_tensors
-from .checks import check_batches, check_report, check_runs, check_task
+from .checks import check_report
 from .deploy import set_memory_format_
 from .job import Job, Progress
 from .lessons import Lessons, collect
-from .measure import Inputs
 from .plan import InfeasibleError, Plan
+from .prepare import Prepared, prepare
 from .recover import Recovery, recover_
 from .result import Result
-from .rounds import Planned, attempts, plan_within
+from .rounds import Planned, attempts, plan_nested, plan_within
 from .space import Space, explore
-from .task import Forward, Task, evaluating, split_batch
-from .task import forward as default_forward
+from .task import Forward, Task
 from .verify import verify
 
 
@@ -102,92 +97,120 @@ def compress(
         TypeError: if an argument has the wrong type.
         ValueError: if the data do not fit the model, nothing can be compressed, or no plan keeps the budget.
     """  # noqa: DOC502
-    bare, remarks = _unwrapped(model)
-    task = _as_task(batches, loss=loss, forward=forward)
-    if isinstance(batches, Task):
-        evaluate = evaluate or (lambda net: task.score(net, task.selection))
-        report = report or (lambda net: task.score(net, task.report))
-        check_task(task, budget.drop, bare)
-    samples, first = check_batches(
-        task.calibration,
-        lambda index, batch: check_runs(bare, batch, loss=task.loss, forward=task.forward, index=index),
-    )
-    job = Job(
-        model=bare,
-        batches=task.calibration,
-        loss=task.loss,
-        budget=budget,
-        evaluate=evaluate,
-        report=report,
-        inputs=_inputs(example, first),
-        forward=task.forward,
-        structures=tuple(structures),
-        solver=solver or _default_solver(recovery or Recovery()),
-        recovery=recovery or Recovery(),
-        skip=tuple(skip),
-        seed=seed,
-        threads=threads or torch.get_num_threads(),
-        seconds=seconds,
-        samples=samples,
-        progress=progress or (lambda stage, share, text: None),
-    )
-    run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
-    job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, evaluate))
-    with cost.pinned_threads(_work_threads(job, run)):
-        return _compressed(job, run, notes=remarks, recipe=dict(recipe or {}), title=title or type(bare).__name__)
+    prepared = prepare(
+        model, batches, loss=loss, budget=budget, evaluate=evaluate, report=report, example=example, forward=forward,
+        structures=structures, solver=solver, recovery=recovery, skip=skip, seed=seed, threads=threads,
+        seconds=seconds, folder=folder, resume=resume, progress=progress, recipe=recipe,
+    )  # fmt: skip
+    job, run = prepared.job, prepared.run
+    with cost.pinned_threads(prepared.threads):
+        selection = _selection(job, prepared.notes)
+        space = explore(job, run)
+        found, net, early = _settled(job, space, run, selection)
+        scores = {"selection before": selection, "before recovery": early}
+        return _verified(prepared, space, (found, net), scores, recipe=recipe, title=title)
 
 
-class _Counted:
-    """Calibration batches whose every pass is counted in the run."""
+def front(
+    model: nn.Module,
+    batches: Iterable[Batch] | Task,
+    *,
+    budgets: Sequence[Budget],
+    loss: Loss | None = None,
+    nested: bool = False,
+    structures: Sequence[Structure] = STRUCTURES,
+    solver: Solver | None = None,
+    recovery: Recovery | None = None,
+    skip: Iterable[str] = (),
+    seed: int = 0,
+    threads: int | None = None,
+    seconds: float = 3.0,
+    progress: Progress | None = None,
+    title: str | None = None,
+) -> list[Result]:
+    """Compress one model for several budgets; statistics, candidates and measured costs are shared.
 
-    def __init__(self, run: Run, batches: Iterable[Batch]) -> None:
-        self.run, self.batches = run, batches
+    Args:
+        model: The model; never changed.
+        batches: Calibration batches, or a `Task`.
+        budgets: One a result, from loosest to tightest; each limits at least one cost.
+        loss: As for `compress`.
+        nested: Whether a tighter plan must build on the looser one: what is cut stays cut, what is rounded does not
+            get more bits. One set of decisions then serves all budgets.
+        structures: As for `compress`.
+        solver: As for `compress`.
+        recovery: As for `compress`.
+        skip: As for `compress`.
+        seed: As for `compress`.
+        threads: As for `compress`.
+        seconds: As for `compress`.
+        progress: As for `compress`.
+        title: Of the reports.
 
-    def __iter__(self) -> Iterator[Batch]:
-        self.run.opening("calibration")
-        return iter(self.batches)
+    Returns:
+        One result a budget, in their order. Each one's report shows the whole front.
+
+    Raises:
+        ValueError: if there is no budget, one limits no cost, or no plan keeps one.
+    """
+    costless = [budget for budget in budgets if not budget.limited]
+    if not budgets or costless:
+        raise ValueError(f"front needs budgets that each limit a cost, got {list(costless or budgets)}.")
+    prepared = prepare(
+        model, batches, loss=loss, budget=budgets[-1], structures=structures, solver=solver, recovery=recovery,
+        skip=skip, seed=seed, threads=threads, seconds=seconds, progress=progress,
+    )  # fmt: skip
+    # Time is measured for all if one budget limits it.
+    timed = next((b for b in budgets if b.latency is not None), budgets[-1])
+    memory = next((b for b in budgets if b.peak_memory is not None), budgets[-1])
+    asked = replace(budgets[-1], latency=timed.latency, peak_memory=memory.peak_memory)
+    with cost.pinned_threads(prepared.threads):
+        job = replace(prepared.job, budget=asked)
+        selection = _selection(job, prepared.notes)
+        space = explore(job, prepared.run)
+        jobs = [replace(job, budget=budget) for budget in budgets]
+        limits = [attempts(budget, space.before)[0] for budget in budgets]
+        if nested:
+            plans = plan_nested(jobs, space, limits=limits)
+        else:
+            plans = [plan_within(j, space, Run(None, {}, resume=False), limits=at, stage="plan")
+                     for j, at in zip(jobs, limits)]  # fmt: skip
+        lessons = _lessons(job, prepared.run)
+        results = []
+        for one, found in zip(jobs, plans):
+            run = Run(None, {}, resume=False)
+            net, early = _recovered(one, space, found.plan, lessons, run, stage="recovery")
+            scores = {"selection before": selection, "before recovery": early}
+            own = replace(prepared, job=one, run=run, notes=list(prepared.notes))
+            results.append(_verified(own, space, (found, net), scores, recipe=None, title=title))
+    points = tuple(result.front_point for result in results)
+    return [replace(result, front=points) for result in results]
 
 
-def _counted(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
-    """Return an evaluation on the selection split that is counted in the run."""
-    if evaluate is None:
-        return None
-
-    def counted(model: nn.Module) -> float | Counts:
-        run.opening("selection")
-        return evaluate(model)
-
-    return counted
-
-
-def _compressed(job: Job, run: Run, *, notes: list[str], recipe: dict[str, Any], title: str) -> Result:
+def _selection(job: Job, notes: list[str]) -> float | Counts:
+    """Return the original's score on the selection split."""
     selection = job.score(job.model, of="the original model")
     if job.report is None:
         notes.append("No report split was given: the published numbers are those of the selection split.")
         check_report(selection, job.budget.drop)
-    space = explore(job, run)
-    found, net, early = _settled(job, space, run, selection)
-    blueprint = apply.blueprint(space.decisions, found.plan.picks, space.layout)
-    scores = {"selection before": selection, "before recovery": early}
-    evidence = verify(job, space, net, blueprint, found=found, run=run, scores=scores, notes=notes)
-    return Result(net, found.plan, job.budget, blueprint, evidence, recipe, title)
+    return selection
 
 
-def _work_threads(job: Job, run: Run) -> int:
-    """Return the number of threads for everything but timings: on a busy machine one is faster than waiting for all.
-
-    It is recorded, since another number would round sums otherwise and a continued run would end elsewhere.
-    """
-    known = run.get("threads")
-    if known is None:
-        known = 1
-        if job.threads > 1:
-            work = measure.runner(job.model, job.inputs)
-            with evaluating(job.model):
-                times = {n: cost.latency(work, threads=n, seconds=0.1 * job.seconds).median for n in (1, job.threads)}
-            known = min(times, key=lambda n: times[n])
-        run.put("threads", known)
-    return int(known)
+def _verified(
+    prepared: Prepared,
+    space: Space,
+    found: tuple[Planned, nn.Module],
+    scores: Mapping[str, float | Counts],
+    *,
+    recipe: Mapping[str, Any] | None,
+    title: str | None,
+) -> Result:
+    planned, net = found
+    job = prepared.job
+    blueprint = apply.blueprint(space.decisions, planned.plan.picks, space.layout)
+    evidence = verify(job, space, net, blueprint, found=planned, run=prepared.run, scores=scores, notes=prepared.notes)
+    name = title or type(job.model).__name__
+    return Result(net, planned.plan, job.budget, blueprint, evidence, dict(recipe or {}), name)
 
 
 def _settled(job: Job, space: Space, run: Run, selection: float | Counts) -> tuple[Planned, nn.Module, float | Counts]:
@@ -225,56 +248,6 @@ def _kept(job: Job, before: float | Counts, after: float | Counts) -> bool:
     """Return whether the drop on the selection split keeps its limit."""
     drop = measure.drop_between(before, after, limit=job.budget.drop)
     return drop.limit is None or drop.points <= drop.limit
-
-
-def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: Forward | None) -> Task:
-    if isinstance(batches, Task):
-        return replace(batches, loss=loss or batches.loss, forward=forward or batches.forward)
-    if loss is None:
-        raise TypeError(
-            "compress needs loss=, a function loss(model, batch) that returns the mean loss; for classifiers "
-            "eke.compression.cross_entropy."
-        )
-    return Task(batches, (), (), loss=loss, forward=forward or default_forward)
-
-
-def _default_solver(recovery: Recovery) -> Solver:
-    """Return the solver that is used unless one is given: no effort is spared where nothing is learned afterwards."""
-    if recovery.steps:
-        return quick
-    return lambda structure, weight, metric: reconstruct(structure, weight, metric).weight
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compress needs a torch.nn.Module, got {type(model).__name__}.")
-    bare = unwrap(model)
-    if bare is model:
-        return bare, []
-    return bare, [
-        f"The model was wrapped in {type(model).__name__}: the wrapper was taken off and is not in the result."
-    ]
-
-
-def _inputs(example: Any, first: Batch) -> Inputs:
-    if example is None:
-        return split_batch(first)[0]
-    if isinstance(example, dict):
-        return example
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
-
-
-def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    recovery = {k: v for k, v in vars(job.recovery).items() if not callable(v)}
-    return {
-        **dict(recipe or {}),
-        "budget": job.budget.to_json(),
-        "recovery": recovery,
-        "seed": job.seed,
-        "skip": list(job.skip),
-        "structures": [repr(structure) for structure in job.structures],
-        "weights": state_digest(job.model),
-    }
 
 
 def _lessons(job: Job, run: Run) -> Lessons:

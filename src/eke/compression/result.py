@@ -15,6 +15,7 @@ from .._types import Counts
 from .._version import __version__
 from ..report import (
     BudgetLine,
+    Calibrated,
     Control,
     Document,
     FrontPoint,
@@ -59,6 +60,7 @@ class Evidence:
         environment: Machine and versions.
         lossless: Seconds and bytes of the untouched net, folded, in the result's memory format.
         threads: Threads with which the scores were computed.
+        calibration: Predicted and measured losses of single decisions and of whole plans.
     """
 
     before: Mapping[str, float]
@@ -73,6 +75,7 @@ class Evidence:
     environment: Mapping[str, str]
     lossless: Mapping[str, float]
     threads: int = 1
+    calibration: tuple[Calibrated, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Result:
         evidence: What was measured.
         recipe: What repeats the run.
         title: Of the report.
+        front: Results for other budgets of the same model.
     """
 
     model: nn.Module
@@ -96,6 +100,7 @@ class Result:
     evidence: Evidence
     recipe: Mapping[str, Any] = field(default_factory=dict)
     title: str = "model"
+    front: tuple[FrontPoint, ...] = ()
 
     @property
     def before(self) -> Measured:
@@ -106,6 +111,12 @@ class Result:
     def after(self) -> Measured:
         """The result as measured."""
         return as_measured("compressed", self.evidence.after, self.evidence.scores["after"])
+
+    @property
+    def front_point(self) -> FrontPoint:
+        """The result in the plane of quality and cost, named by its budget."""
+        asked = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.budget.to_json().items())
+        return _point(asked, "plan", self.after)
 
     @property
     def budget_lines(self) -> tuple[BudgetLine, ...]:
@@ -256,6 +267,8 @@ def document(result: Result, *, verified: bool) -> Document:
             replace(before, score=control.score, bytes=control.bytes, milliseconds=control.milliseconds),
         ),
     ]
+    own = (points[1].bytes, points[1].milliseconds, points[1].score)
+    points += [p for p in result.front if (p.bytes, p.milliseconds, p.score) != own]
     recovery = evidence.scores.get("before recovery")
     if recovery is not None:
         early = replace(after, score=as_score(recovery))
@@ -273,6 +286,7 @@ def document(result: Result, *, verified: bool) -> Document:
         speedups=evidence.speedups,
         plan=evidence.plan,
         front=tuple(points),
+        calibration=evidence.calibration,
         controls=(control,),
         splits=evidence.splits,
         rounds=evidence.rounds,

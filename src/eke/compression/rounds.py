@@ -6,16 +6,17 @@ the one of least predicted loss among those within all limits, or else the one t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import cost
 from ..report import Round
 from . import apply, measure, tables
-from .budget import RESOURCES, Budget
+from .budget import RESOURCES, Budget, show
 from .checkpoint import Run
 from .job import Job
-from .plan import InfeasibleError, Plan, Term, choose
+from .plan import InfeasibleError, Plan, Term, choose, choose_nested
 from .result import describe
 from .space import Space
 from .task import evaluating
@@ -54,7 +55,7 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
         The plan, and what each round measured.
 
     Raises:
-        InfeasibleError: if no plan is predicted to keep the limits; names the nearest.
+        InfeasibleError: if no plan is predicted to keep the limits, or none does when measured; names the nearest.
     """
     stored = run.get(stage)
     if stored is not None:
@@ -63,6 +64,7 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
     correction = dict.fromkeys(RESOURCES, 1.0)
     best: tuple[tuple[bool, float], Plan] | None = None
     rounds: list[Round] = []
+    measured_costs: list[dict[str, float]] = []
     for number in range(1, ROUNDS + 1):
         job.progress("plan", (number - 1) / ROUNDS, f"round {number}")
         try:
@@ -72,6 +74,7 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
                 raise
             break
         after = _plan_costs(job, space, plan)
+        measured_costs.append(after)
         missed = [name for name, limit in limits.items() if after[name] > limit]
         outcome = f"over the limit: {', '.join(missed)}" if missed else "within all limits"
         rounds.append(Round(number, f"measured {describe(after)}; {outcome}"))
@@ -84,15 +87,67 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
         for name in limits:
             correction[name] *= after[name] / max(plan.predicted[name], 1e-30)
     assert best is not None
-    plan = best[1]
+    (missed_all, _), plan = best
+    if missed_all:
+        raise InfeasibleError(*_missed(limits, measured_costs))
     document = {"picks": dict(plan.picks), "predicted": dict(plan.predicted), "gap": plan.gap, "seconds": plan.seconds}
     run.put(stage, {**document, "rounds": [vars(r) for r in rounds]})
     return Planned(plan, tuple(rounds))
 
 
+def plan_nested(jobs: Sequence[Job], space: Space, *, limits: Sequence[Mapping[str, float]]) -> list[Planned]:
+    """Find nested plans for several budgets, each within its limits by measurement where three rounds suffice.
+
+    Args:
+        jobs: What was asked, one job a budget.
+        space: What may be changed.
+        limits: Largest total of each limited resource, one mapping a budget, from loosest to tightest.
+
+    Returns:
+        One plan a budget. Where limits cannot be kept, `InfeasibleError` names the budget and the nearest plan.
+    """
+    correction = dict.fromkeys(RESOURCES, 1.0)
+    decisions = tables.choices(space.decisions)
+    best: list[Planned] = []
+    least = math.inf
+    for number in range(1, ROUNDS + 1):
+        jobs[0].progress("plan", (number - 1) / ROUNDS, f"round {number}, {len(jobs)} nested budgets")
+        wanted = [{name: limit * _MARGIN.get(name, 1.0) for name, limit in one.items()} for one in limits]
+        plans = choose_nested(decisions, _corrected(space, correction), limits=wanted)
+        measured = [_plan_costs(job, space, plan) for job, plan in zip(jobs, plans)]
+        excess = [max(after[name] / limit for name, limit in one.items()) for after, one in zip(measured, limits)]
+        if max(excess) < least:
+            least = max(excess)
+            best = [
+                Planned(plan, (Round(number, f"nested; measured {describe(after)}"),))
+                for plan, after in zip(plans, measured)
+            ]
+        if least <= 1:
+            break
+        for name in {name for one in limits for name in one}:
+            ratios = [after[name] / max(plan.predicted[name], 1e-30) for plan, after in zip(plans, measured)]
+            correction[name] *= max(ratios)
+    return best
+
+
+def _missed(limits: Mapping[str, float], measured: Sequence[Mapping[str, float]]) -> tuple[str, Mapping[str, float]]:
+    """Return message and nearest costs for limits that no round kept by measurement."""
+    nearest = min(measured, key=lambda after: max(after[name] / limit for name, limit in limits.items()))
+    text = ", ".join(f"{n} {show(n, nearest[n])} (limit {show(n, limit)})" for n, limit in limits.items())
+    message = (
+        f"No plan kept every limit when it was measured, in {len(measured)} rounds. Nearest feasible: {text}. Raise "
+        "the limits a little, or measure longer (seconds=) where the machine is noisy."
+    )
+    return message, nearest
+
+
+def _corrected(space: Space, correction: Mapping[str, float]) -> list[Term]:
+    return [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
+
+
 def _choose(space: Space, correction: Mapping[str, float], limits: Mapping[str, float]) -> Plan:
     """Return a plan with a little room below the limits for noise; without it if there is none to have."""
-    terms = [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
+    terms = _corrected(space, correction)
     decisions = tables.choices(space.decisions)
     wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
     try:

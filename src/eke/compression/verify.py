@@ -11,12 +11,12 @@ from torch import nn
 
 from .. import cost
 from .._types import Counts
-from ..report import PlanLine, Speedup, Split
+from ..report import Calibrated, PlanLine, Speedup, Split
 from ..sites import find
 from ..structures import NM, Both, LowRank, Rows, Structure, UniformGrid, Unstructured
 from . import apply, measure
 from .artifact import Blueprint, stored_bits
-from .calibrate import Meter
+from .calibrate import Calibration, Meter
 from .candidates import Block, Forms, Widths, fitting
 from .checkpoint import Run
 from .intervals import samples_to_prove
@@ -102,7 +102,20 @@ def verify(
         environment=_environment(job, space),
         lossless=lossless,
         threads=torch.get_num_threads(),
+        calibration=calibrated(space.calibration),
     )
+
+
+def calibrated(calibration: Calibration) -> tuple[Calibrated, ...]:
+    """Return what was predicted and measured for single decisions and whole plans, as reports show it."""
+    alone = [
+        Calibrated(f"{a.choice}, option {a.option}", a.family, a.predicted, a.measured) for a in calibration.anchors
+    ]
+    whole = [
+        Calibrated(f"random plan {number}", "plan", calibration.whole(loss), measured)
+        for number, (loss, measured) in enumerate(calibration.plans, start=1)
+    ]
+    return (*alone, *whole)
 
 
 def _reported(
