@@ -78,6 +78,58 @@ def test_a_gradient_at_a_module_output_names_module_and_batch():
         Curvature.estimate(model, root, bad, sites=[], outputs={"1": -1})
 
 
+def scaled(scale: float, *, batch: int = 1) -> list[torch.Tensor]:
+    found = batches(3)
+    found[batch] = found[batch] * scale
+    return found
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30])
+@pytest.mark.parametrize("corrected", [0, 256])
+def test_finite_inputs_whose_squares_overflow_name_site_and_batch(scale, corrected):
+    model = nn.Sequential(nn.Linear(3, 2))
+    message = r"Inputs of '0' reach \d\.\d+e\+\d+, and their squares exceed torch.float32, first in batch 1;.*skip="
+    with pytest.raises(ValueError, match=message):
+        # The gradient at the output is that of a sum, so that inputs alone are large.
+        Curvature.estimate(
+            model, lambda m, b: 1e-35 * m(b).mean(), scaled(scale), find(model), corrected_samples=corrected
+        )
+
+
+def test_inputs_whose_squares_overflow_at_the_sum_over_batches_are_refused():
+    """2e19 squared is 4e38, above float32; 1.2e19 squared is not, but three samples of it are."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    for value, samples in ((2e19, 1), (1.2e19, 3)):
+        tokens = [torch.full((1, samples, 1), value)]
+        with pytest.raises(ValueError, match=r"Inputs of '0' reach .*first in batch 0"):
+            Curvature.estimate(model, lambda m, b: 1e-30 * m(b).mean(), tokens, find(model))
+
+
+def test_finite_gradients_whose_squares_overflow_name_site_and_batch():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    message = r"Output gradients of '{}' reach \S+, and their squares exceed torch.float32, first in batch 0"
+    with pytest.raises(ValueError, match=message.format("0")):
+        Curvature.estimate(model, lambda m, b: 1e21 * m(b).mean(), batches(), find(model))
+    with pytest.raises(ValueError, match=message.format("1")):
+        Curvature.estimate(model, lambda m, b: 1e21 * m(b).mean(), batches(), [], outputs={"1": -1})
+
+
+def test_finite_factors_whose_product_overflows_name_the_batch():
+    """Inputs of 1e12 and gradients of 1e12: each square fits into float32, that of the weight's gradient does not."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    data = [batch * 1e12 for batch in batches()]
+    with pytest.raises(ValueError, match=r"Weight gradients of '0' reach \S+, and their squares exceed.*in batch 0"):
+        Curvature.estimate(model, lambda m, b: 1e12 * m(b).mean(), data, find(model))
+
+
+def test_in_double_precision_large_data_are_no_problem():
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    data = [batch.double() * 1e20 for batch in batches()]
+    factors = Curvature.estimate(model, lambda m, b: m(b).mean(), data, find(model)).factors("0")
+    x = torch.cat(data)
+    torch.testing.assert_close(factors.a[0], x.T @ x / len(x))
+
+
 class Sides(nn.Module):
     """Two layers, each with its own half of the data."""
 
@@ -172,6 +224,32 @@ def test_the_number_of_samples_named_is_the_least_that_silences_the_warning(laye
         warnings.simplefilter("error")
         factors = Curvature.estimate(model, mean_square, [x], sites=sites, corrected_samples=0).factors("0")
     assert all(int(torch.linalg.matrix_rank(a, rtol=1e-6)) == width for a in factors.a)
+
+
+def test_with_few_locations_the_rows_that_entered_are_counted():
+    """Of 9 locations a sample 1 is used: 9 samples have 81 active rows, but A of 72 inputs has rank 9."""
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1))
+    x = torch.randn(72, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    message = r"72 inputs but only 9 rows were seen.*at least 72 samples \(.*\), or raise max_locations=1\."
+    with pytest.warns(UserWarning, match=message):
+        few = Curvature.estimate(model, mean_square, [x[:9]], find(model), max_locations=1).factors("0")
+    assert int(torch.linalg.matrix_rank(few.a[0], rtol=1e-6)) == 9
+    with pytest.warns(UserWarning, match="only 71 rows"):
+        Curvature.estimate(model, mean_square, [x[:71]], find(model), max_locations=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Curvature.estimate(model, mean_square, [x], find(model), max_locations=1)
+
+
+def test_a_lattice_that_misses_every_location_in_use_says_so():
+    """The loss reads the last location of 3, the lattice of the only batch the first."""
+    model = nn.Sequential(nn.Conv1d(2, 2, 1))
+    x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"only 0 rows were seen.*a batch more.*or raise max_locations=1\."):
+        factors = Curvature.estimate(
+            model, lambda m, b: (m(b)[..., -1] ** 2).mean(), [x], find(model), max_locations=1
+        ).factors("0")
+    assert float(factors.a.abs().max()) == 0
 
 
 def test_too_few_samples_warn_once_a_site_by_name():

@@ -83,7 +83,8 @@ class Curvature:
             The curvature. A site that the loss does not use is left out with a warning.
 
         Raises:
-            ValueError: if there are no batches, a site is not hookable, or data or loss are not finite.
+            ValueError: if there are no batches, a site is not hookable, or data or loss are not finite or so large
+                that squares overflow.
         """
         refused = [site.name for site in sites if not site.hookable]
         if refused:
@@ -120,7 +121,7 @@ class Curvature:
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)
                 for moment in moments:
-                    moment.add(calls.get(moment.site.module_name, []), samples)
+                    moment.add(calls.get(moment.site.module_name, []), samples, number)
             known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(

@@ -38,6 +38,7 @@ class SiteTotals:
         self._samples = 0
         self._rows = 0
         self._active = 0.0
+        self._used = 0.0  # rows that entered A: fewer than the active ones where a lattice chose
         self._dtype = torch.float32
         self._gradient: Tensor | None = None
 
@@ -47,7 +48,9 @@ class SiteTotals:
         self._gradient = weighted if self._gradient is None else self._gradient + weighted
 
     def add(self, calls: list[Call], samples: int, batch: int) -> None:
-        """Add the calls of one batch of so many samples; data that are not finite raise ValueError."""
+        """Add the calls of one batch of so many samples; data that are not finite, or too large to be squared, raise
+        ValueError.
+        """  # noqa: D205
         self._samples += samples
         for call in calls:
             x, gradient = _computable(call.x), _computable(call.gradient)
@@ -61,7 +64,10 @@ class SiteTotals:
             self._gg += columns @ columns.mT
             self._rows += active.numel()
             self._active += float(active.sum())
+            squares = _diagonal(self._gg) / max(1.0, self._active)
+            _bounded(self.site.name, "output gradients", gradients, batch, squares=squares)
             self._add_inputs(x, active, call.gradient, batch)
+            _bounded(self.site.name, "inputs", x, batch, squares=_diagonal(self._aa) / self._samples)
 
     def _add_inputs(self, x: Tensor, active: Tensor, gradient: Tensor, batch: int) -> None:
         _finite(self.site.name, "inputs", x, batch)
@@ -74,6 +80,7 @@ class SiteTotals:
         used = float(kept.sum())
         if not used:
             return
+        self._used += used
         scale = float(active.sum()) / used
         samples = active.shape[0]
         step = max(1, _CHUNK // max(1, kept.shape[1] * self.site.groups * self.site.shape[1]))
@@ -92,10 +99,12 @@ class SiteTotals:
             return None
         locations = self._active / self._samples
         n = self.site.shape[1]
-        if self._active < n:
+        if self._used < n:
+            advice = f"{math.ceil(n * self._samples / self._used)} samples" if self._used else "a batch more"
+            thinned = f", or raise max_locations={self.max_locations}" if self._used < self._active else ""
             warnings.warn(
-                f"Site {self.site.name!r} has {n} inputs but only {self._active:.0f} rows were seen; its curvature is "
-                f"rank-deficient: use at least {math.ceil(n / locations)} samples (2 to 4 times that is better).",
+                f"Site {self.site.name!r} has {n} inputs but only {self._used:.0f} rows were seen; its curvature is "
+                f"rank-deficient: use at least {advice} (2 to 4 times that is better){thinned}.",
                 stacklevel=3,
             )
         geometry = self.site.geometry
@@ -135,8 +144,10 @@ class MomentTotals:
         self._active = 0.0
         self._usable = True
 
-    def add(self, calls: list[Call], samples: int) -> None:
-        """Add the calls of one batch; a site whose rows do not divide among the samples is left uncorrected."""
+    def add(self, calls: list[Call], samples: int, batch: int) -> None:
+        """Add the calls of one batch; a site whose rows do not divide among the samples is left uncorrected. Gradients
+        too large to be squared raise ValueError.
+        """  # noqa: D205
         self._samples += samples
         prepared = []
         for call in calls:
@@ -152,7 +163,9 @@ class MomentTotals:
         for start in range(0, samples, step):
             parts = [self._gradients(x[start : start + step], g[start : start + step]) for x, g in prepared]
             if parts:
-                self._sum += self._basis.rotate(torch.stack(parts).sum(0)).square_().sum(0)
+                gradients = torch.stack(parts).sum(0)
+                self._sum += self._basis.rotate(gradients).square_().sum(0)
+                _bounded(self.site.name, "weight gradients", gradients, batch, squares=self._sum / self._samples)
 
     def _gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Return per-sample gradients (samples, groups, m / groups, n) of one call."""
@@ -196,12 +209,15 @@ class BoundaryTotals:
         self._rows = 0
 
     def add(self, calls: list[Call], samples: int, batch: int) -> None:
-        """Add the calls of one batch of so many samples; gradients that are not finite raise ValueError."""
+        """Add the calls of one batch of so many samples; gradients that are not finite, or too large to be squared,
+        raise ValueError.
+        """  # noqa: D205
         for call in calls:
             gradient = _computable(call.gradient).movedim(self.channel_dim, -1) * samples
             _finite(self.name, "output gradients", gradient, batch)
             rows = gradient.reshape(-1, gradient.shape[-1])
             moment = (rows.mT @ rows).double()
+            _bounded(self.name, "output gradients", rows, batch, squares=_diagonal(moment))
             self._gg = moment if self._gg is None else self._gg + moment
             self._rows += rows.shape[0]
 
@@ -253,3 +269,18 @@ def _finite(name: str, what: str, tensor: Tensor, batch: int) -> None:
                 f"{what.capitalize()} of {name!r} hold {count} of {tensor.numel()} values that are not finite, first "
                 f"in batch {batch}; check that batch, or leave the site out with skip=."
             )
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    """Return the diagonal, which bounds all other entries of a second moment (Cauchy-Schwarz)."""
+    return moment.diagonal(dim1=-2, dim2=-1)
+
+
+def _bounded(name: str, what: str, data: Tensor, batch: int, *, squares: Tensor) -> None:
+    limit = torch.finfo(data.dtype).max
+    if not float(squares.amax()) <= limit:
+        raise ValueError(
+            f"{what.capitalize()} of {name!r} reach {float(data.abs().max()):.3g}, and their squares exceed "
+            f"{data.dtype}, first in batch {batch}; check that batch, scale data or loss down, or leave the site out "
+            "with skip=."
+        )
