@@ -136,10 +136,9 @@ def check_front(count: int | None, folder: pathlib.Path, *, resume: bool) -> Non
         raise UsageError(f"--nested orders the plans of --front N, got --front {count}.")
     if resume:
         raise UsageError(f"--front starts anew each time, got --resume with --out {folder}.")
-    if folder.exists() and (
-        not folder.is_dir() or any(path.name != FRONT and not path.name.isdigit() for path in folder.iterdir())
-    ):
-        raise UsageError(f"--out {folder} is in use: give an empty or a new folder.")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["a file"] if folder.exists() else []
+    if any(name != FRONT and not name.isdigit() for name in names):
+        raise UsageError(f"--out {folder} is in use ({names[0]}): give an empty or a new folder.")
 
 
 def _front(

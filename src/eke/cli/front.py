@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -82,11 +82,12 @@ def compress_front(
     from ..compression.result import mark_verified
     from ..cost import pinned_threads
 
+    recovery: Mapping[str, Any] = wanted.recovery
     budgets = budgets_between(Budget(**wanted.budget), count)  # type: ignore[arg-type]
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)
     with pinned_threads(wanted.threads), shown() as progress:
         results = front(
-            model, task, budgets=budgets, nested=nested, recovery=Recovery(**wanted.recovery),  # type: ignore[arg-type]
+            model, task, budgets=budgets, nested=nested, recovery=Recovery(**recovery),
             skip=wanted.skip, seed=wanted.seed, threads=wanted.threads, seconds=wanted.seconds, progress=progress,
             title=task.name if wanted.task else f"{type(model).__name__} of {wanted.model}",
         )  # fmt: skip

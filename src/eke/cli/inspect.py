@@ -191,7 +191,7 @@ def calibrated(
 
 
 def agreement(found: Sequence[Calibrated]) -> list[str]:
-    """Say how well predictions agree with measurements: rank correlation and typical factor, plans apart."""
+    """Return in words how well predictions agree with measurements: rank correlation and typical factor."""
     from scipy.stats import spearmanr
 
     notes = []
