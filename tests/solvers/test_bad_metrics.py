@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from eke.curvature import Curvature
-from eke.linalg import Metric
+from eke.linalg import Metric, damped, damped_cholesky
 from eke.sites import find
-from eke.solvers import Consumer, admm, greedy_removal, reconstruct, remove_columns, sweep, weighted_low_rank
+from eke.solvers import Consumer, admm, greedy_removal, reconstruct, refit, remove_columns, sweep, weighted_low_rank
 from eke.structures import NM, Both, LowRank, Rows, UniformGrid, Unstructured
 
 STRUCTURES = [NM(2, 4), Unstructured(0.3), Rows(0.5), LowRank(2), UniformGrid(3), Both(NM(2, 4), UniformGrid(3))]
@@ -54,7 +54,7 @@ def test_a_singular_metric_has_a_solution_that_is_a_member_and_no_worse_than_pro
     assert solution.loss >= -1e-10
 
 
-@pytest.mark.parametrize("structure", [NM(2, 4), UniformGrid(4), Both(NM(2, 4), UniformGrid(3))], ids=repr)
+@pytest.mark.parametrize("structure", [NM(2, 4), UniformGrid(4), Both(NM(2, 4), UniformGrid(3)), LowRank(2)], ids=repr)
 def test_factors_of_far_too_few_samples_can_be_solved_with(structure):
     """A in float32 of rank 16 beside 256 columns, as an estimate from 16 samples gives it."""
     generator = torch.Generator().manual_seed(2)
@@ -66,6 +66,40 @@ def test_factors_of_far_too_few_samples_can_be_solved_with(structure):
     solution = reconstruct(structure, layer[0].weight.detach(), Metric(factors.a[0], factors.g[0]), steps=10)
     assert bool(torch.isfinite(solution.weight).all())
     assert solution.loss <= solution.losses["projection"]
+
+
+def rounded(rank: int, size: int) -> torch.Tensor:
+    """A second moment of positive inputs in float32: rounding leaves it with eigenvalues below 0."""
+    x = torch.randn(rank, size, generator=torch.Generator().manual_seed(4)).relu() + 2
+    a = x.T @ x / rank
+    assert float(torch.linalg.eigvalsh(a.double())[0]) < -1e-6 * float(a.diagonal().mean())
+    return a
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_low_rank_in_a_metric_that_rounding_made_indefinite_is_solved(both):
+    """The loss is that of the truncation in the metric with its eigenvalues below 0 set to 0, up to the damping."""
+    w = torch.randn(320, 512, generator=torch.Generator().manual_seed(5))
+    metric = Metric(rounded(16, 512), rounded(16, 320) if both else None)
+    structure = LowRank(4)
+    solution = reconstruct(structure, w, metric)
+    roots = []
+    for factor in (metric.a, metric.g if both else torch.eye(320)):
+        values, vectors = torch.linalg.eigh(factor.double())
+        roots.append(vectors * values.clamp_min(0).sqrt())
+    s = torch.linalg.svdvals(roots[1].T @ w.double() @ roots[0])
+    assert solution.loss <= 1.01 * 0.5 * float((s[4:] ** 2).sum())
+    assert int(torch.linalg.matrix_rank(solution.weight.double(), rtol=1e-5)) == 4
+
+
+def test_enough_damping_is_left_as_it_is_and_too_little_raised_tenfold():
+    definite, indefinite = of_rank(12), rounded(16, 512)
+    assert torch.equal(damped_cholesky(definite, 1e-6), torch.linalg.cholesky(damped(definite, 1e-6)))
+    least = next(d for d in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4) if not torch.linalg.cholesky_ex(damped(indefinite, d)).info)
+    assert least > 1e-7
+    torch.testing.assert_close(damped_cholesky(indefinite, 1e-8), torch.linalg.cholesky(damped(indefinite, least)))
+    with pytest.raises(ValueError, match=r"inputs \(512 x 512\) is not positive definite"):
+        damped_cholesky(indefinite, 0.0)
 
 
 def test_a_curvature_without_warning_gives_a_metric_of_full_rank():
@@ -130,6 +164,35 @@ def test_a_matrix_that_is_not_finite_is_refused_with_the_number_of_entries(struc
     w[1, 2] = w[4, 0] = value
     with pytest.raises(ValueError, match="got 2 of 48 entries that are not finite; check the weights"):
         reconstruct(structure, w, Metric(of_rank(12), of_rank(9, 6)))
+
+
+NOT_FINITE = {
+    "refit": lambda w: refit(w, torch.ones(6, 8, dtype=torch.bool), Metric(of_rank(12))),
+    "refit from a start": lambda w: refit(
+        torch.nan_to_num(w), torch.ones(6, 8, dtype=torch.bool), Metric(of_rank(12)), start=w
+    ),
+    "remove_columns": lambda w: remove_columns(w, of_rank(12), torch.tensor([0])),
+    "Consumer": lambda w: Consumer(w, of_rank(12), torch.arange(8)[:, None]),
+    "weighted_low_rank": lambda w: weighted_low_rank(LowRank(2), w, Metric(of_rank(12))),
+    "sweep": lambda w: sweep(NM(2, 4), w, Metric(of_rank(12))),
+    "admm": lambda w: admm(NM(2, 4), w, Metric(of_rank(12))),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("solver", NOT_FINITE)
+def test_every_solver_refuses_a_matrix_that_is_not_finite_by_its_own_name(solver, value):
+    w = matrix()
+    w[1, 2] = w[4, 0] = value
+    message = f"{solver.split()[0]} got 2 of 48 entries that are not finite; check the weights"
+    with pytest.raises(ValueError, match=message):
+        NOT_FINITE[solver](w)
+
+
+def test_a_mean_that_is_not_finite_is_refused():
+    mean = torch.full((8,), float("nan"))
+    with pytest.raises(ValueError, match="remove_columns got 8 of 8 entries that are not finite"):
+        remove_columns(matrix(), of_rank(12), torch.tensor([0]), mean=mean)
 
 
 MISFITS = [

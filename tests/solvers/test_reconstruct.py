@@ -137,8 +137,11 @@ def test_a_structure_from_outside_is_reconstructed():
 
 def test_bad_arguments_are_named():
     w, metric = problem()
-    with pytest.raises(ValueError, match=r"at least 1 step and positive penalties, got steps=0"):
+    with pytest.raises(ValueError, match=r"at least 1 step and positive, finite penalties, got steps=0"):
         admm(NM(2, 4), w, metric, steps=0)
+    for rho in ((float("nan"), 1.0), (1.0, float("nan")), (0.1, float("inf")), (0.0, 1.0), (1.0, -1.0)):
+        with pytest.raises(ValueError, match=r"positive, finite penalties, got steps=60, rho=\(.*(nan|inf|0\.0|-1)"):
+            admm(NM(2, 4), w, metric, rho=rho)
     with pytest.raises(ValueError, match=r"support must have the shape \(12, 32\) of the matrix, got \(12, 31\)"):
         refit(w, torch.ones(12, 31, dtype=torch.bool), metric)
     with pytest.raises(ValueError, match="steps must be >= 0, got -1"):

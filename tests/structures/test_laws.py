@@ -204,5 +204,15 @@ def test_factors_on_a_fine_grid_are_near_the_closest_matrix_of_the_rank():
     assert float((exact - rounded).norm()) < 0.02 * float(exact.norm())
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_ratios_of_a_score_count_for_a_rank(scale, dtype):
+    v, score = matrix(14, dtype), separable(15)
+    expected = LowRank(2).project(v, score)
+    torch.testing.assert_close(LowRank(2).project(v, score * scale), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="row weight times a column weight"):
+        LowRank(1).project(torch.ones(2, 2), scale * torch.eye(2, dtype=torch.float64))
+
+
 def test_a_share_is_a_rank_of_the_smaller_side():
     assert [LowRank(0.4).rank_of(shape) for shape in ((6, 16), (16, 6), (1, 9), (100, 50))] == [2, 2, 1, 20]

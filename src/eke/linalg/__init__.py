@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .metric import Metric, cholesky, damped
+from .metric import Metric, cholesky, damped, damped_cholesky, finite
 
-__all__ = ["Metric", "cholesky", "damped"]
+__all__ = ["Metric", "cholesky", "damped", "damped_cholesky", "finite"]

@@ -124,6 +124,47 @@ def cholesky(matrix: Tensor, *, what: str = "The second moment of the inputs") -
     return factor
 
 
+def damped_cholesky(matrix: Tensor, damping: float, *, what: str = "The second moment of the inputs") -> Tensor:
+    """Return the lower Cholesky factor of a damped second moment.
+
+    Rounding leaves a moment of few samples, or one in float32, slightly indefinite. So a positive damping that is not
+    enough is raised tenfold until it is, up to 1e-2; what is still not positive definite is no second moment.
+
+    Args:
+        matrix: (n, n), symmetric.
+        damping: Relative to the mean of the diagonal; 0 is not raised.
+        what: Named in the message.
+
+    Returns:
+        (n, n), lower triangular, float64.
+
+    Raises:
+        ValueError: if damping is negative or no damping that is tried suffices.
+    """  # noqa: DOC502
+    while 0 < damping < 1e-3 and int(torch.linalg.cholesky_ex(damped(matrix, damping)).info):
+        damping *= 10
+    return cholesky(damped(matrix, damping), what=what)
+
+
+def finite(matrix: Tensor, *, what: str = "The solver") -> Tensor:
+    """Return a matrix in float64, detached.
+
+    Args:
+        matrix: Any shape.
+        what: Named in the message.
+
+    Returns:
+        The same values in float64.
+
+    Raises:
+        ValueError: if an entry is not finite.
+    """
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise ValueError(f"{what} got {bad} of {matrix.numel()} entries that are not finite; check the weights.")
+    return matrix.detach().double()
+
+
 def _check_factor(name: str, factor: Tensor) -> None:
     if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
         raise ValueError(f"Metric.{name} must be a square matrix, got shape {tuple(factor.shape)}.")

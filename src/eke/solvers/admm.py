@@ -12,10 +12,12 @@ multipliers", 2011, section 9 (nonconvex sets).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..linalg import Metric
+from ..linalg import Metric, finite
 from ..structures import Structure
 
 
@@ -42,14 +44,14 @@ def admm(
         V (m, n), float64, a member; the plain projection at worst.
 
     Raises:
-        ValueError: if steps or a penalty is not positive.
+        ValueError: if steps or a penalty is not positive, or W is not finite.
     """
-    if steps < 1 or min(rho) <= 0:
-        raise ValueError(f"admm needs at least 1 step and positive penalties, got steps={steps}, rho={rho}.")
+    if steps < 1 or not all(math.isfinite(level) and level > 0 for level in rho):
+        raise ValueError(f"admm needs at least 1 step and positive, finite penalties, got steps={steps}, rho={rho}.")
     shape = (weight.shape[0], weight.shape[1])
     structure.check(shape)
     metric.check(shape)
-    w = weight.detach().double()
+    w = finite(weight, what="admm")
     weights = metric.score(shape).double() if score else None
     basis = _Basis(metric, w.shape[0])
     z = structure.project(w, weights)

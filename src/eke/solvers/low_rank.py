@@ -1,7 +1,8 @@
 """Closest matrix of a rank in a Kronecker metric, in closed form.
 
 With G = L L^T and A = R R^T, tr(D^T G D A) = |L^T D R|_F^2: whiten, truncate (Eckart & Young), and go back.
-Factors are damped before their Cholesky factorisation, so a singular metric has a solution too.
+Factors are damped before their Cholesky factorisation, so a singular metric has a solution too; where rounding asks
+for more damping than is given, it gets more.
 Cost: one SVD and two Cholesky factorisations, O(m n min(m, n) + m^3 + n^3), float64.
 Source: Srebro & Jaakkola, "Weighted low-rank approximations", 2003 (the case of separable weights).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metric, cholesky, damped
+from ..linalg import Metric, damped_cholesky, finite
 from ..structures import LowRank
 
 
@@ -22,17 +23,19 @@ def weighted_low_rank(structure: LowRank, weight: Tensor, metric: Metric, *, dam
         structure: The rank.
         weight: W (m, n).
         metric: Measures V - W.
-        damping: Of A and G, relative to their mean diagonals.
+        damping: Of A and G, relative to their mean diagonals; raised where it does not make them positive definite.
 
     Returns:
-        V (m, n), float64; exact for the damped metric.
+        V (m, n), float64; exact for the damped metric. Entries of W that are not finite, and a metric that is no second
+        moment, raise ValueError.
     """
     structure.check((weight.shape[0], weight.shape[1]))
     metric.check(tuple(weight.shape))
-    right = cholesky(damped(metric.a, damping))
-    whitened = weight.detach().double() @ right
-    left = None if metric.g is None else cholesky(damped(metric.g, damping), what="The second moment of the gradients")
-    if left is not None:
+    whitened = finite(weight, what="weighted_low_rank")
+    right, left = damped_cholesky(metric.a, damping), None
+    whitened = whitened @ right
+    if metric.g is not None:
+        left = damped_cholesky(metric.g, damping, what="The second moment of the gradients")
         whitened = left.T @ whitened
     nearest = LowRank(structure.rank).project(whitened)
     unwhitened: Tensor = torch.linalg.solve_triangular(right, nearest, upper=False, left=False)

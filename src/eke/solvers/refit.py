@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metric
+from ..linalg import Metric, finite
 
 
 def refit(
@@ -37,15 +37,15 @@ def refit(
         V (m, n), float64, zero outside the support.
 
     Raises:
-        ValueError: if the support does not fit the matrix.
+        ValueError: if the support does not fit the matrix, or W or V is not finite.
     """
     if support.shape != weight.shape:
         raise ValueError(
             f"support must have the shape {tuple(weight.shape)} of the matrix, got {tuple(support.shape)}."
         )
-    w, free = weight.detach().double(), support.double()
+    w, free = finite(weight, what="refit"), support.double()
     metric = Metric(metric.a.double(), None if metric.g is None else metric.g.double())
-    v = (w if start is None else start.detach().double()) * free
+    v = (w if start is None else finite(start, what="refit")) * free
     scale = metric.score((w.shape[0], w.shape[1]))
     scale = free / torch.where(scale > 1e-12 * scale.max(), scale, torch.ones_like(scale))
     residual = -metric.gradient(v - w) * free

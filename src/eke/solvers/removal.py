@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import Metric, cholesky, damped
+from ..linalg import Metric, cholesky, damped, finite
 
 DAMPING = 1e-3
 """Default damping of A, relative to the mean of its diagonal."""
@@ -70,17 +70,17 @@ def remove_columns(
 
     Returns:
         The compensated matrix and bias, and the predicted loss increase. Never worse than leaving the survivors alone.
-        Shapes that do not fit, columns out of range and a singular `a` raise ValueError.
+        Shapes that do not fit, entries that are not finite, columns out of range and a singular `a` raise ValueError.
     """
     metric = Metric(a, g)
     metric.check(tuple(weight.shape))
     gone = _mask(remove, weight.shape[1])
     kept = ~gone
-    w, moment = weight.detach().double(), a.double()
+    w, moment = finite(weight, what="remove_columns"), a.double()
     plain_loss = metric.loss(_without(w, gone) - w)
     if mean is not None:
         # The best bias absorbs D mean, so what remains is measured by the covariance.
-        mean = mean.double()
+        mean = finite(mean, what="remove_columns")
         moment = moment - locations * torch.outer(mean, mean)
     factor = cholesky(damped(moment[kept][:, kept], damping))
     patch = torch.cholesky_solve(moment[kept][:, gone] @ w[:, gone].T, factor).T
@@ -115,6 +115,7 @@ class Consumer:
 
     def __post_init__(self) -> None:
         Metric(self.a, self.g).check(tuple(self.weight.shape))
+        finite(self.weight, what="Consumer")
         _check_blocks(self.blocks, self.weight.shape[1])
 
 

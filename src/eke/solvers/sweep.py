@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metric, cholesky, damped
+from ..linalg import Metric, cholesky, damped, finite
 from ..structures import ColumnRule, Structure, Sweepable
 from .solution import Solution, best, plain_projections
 
@@ -49,17 +49,17 @@ def sweep(
 
     Raises:
         TypeError: if the structure has no `by_columns`.
-        ValueError: if revisits is negative.
+        ValueError: if revisits is negative or W is not finite.
     """
     if not isinstance(structure, Sweepable):
         raise TypeError(f"sweep needs a structure with by_columns, {structure} has none; use reconstruct or admm.")
     if revisits < 0:
         raise ValueError(f"revisits must be >= 0, got {revisits}.")
     metric.check(tuple(weight.shape))
+    w, a = finite(weight, what="sweep"), metric.a.double()
     tried = plain_projections(structure, weight, metric)
     source = (weight if start is None else start).detach().double()
     rule = structure.by_columns(source, metric.score((weight.shape[0], weight.shape[1])).double())
-    w, a = weight.detach().double(), metric.a.double()
     order = a.diagonal().argsort(descending=True, stable=True)
     swept = _sweep(w, a, rule, order, damping)
     tried["sweep"] = swept.clone()

@@ -83,11 +83,11 @@ class LowRank:
         Returns:
             (m, n) in the dtype of v (float32 for half precision). Other scores than such products raise ValueError.
         """
-        weights = check_matrix(self, v, score)
+        check_matrix(self, v, score)
         shape = (v.shape[0], v.shape[1])
         self.check(shape)
         dtype = torch.promote_types(v.dtype, torch.float32)
-        nearest = self._nearest(v.double(), weights)
+        nearest = self._nearest(v.double(), None if score is None else score.double().expand_as(v))
         if self.grid is not None:
             left, right = self.factors(nearest)
             nearest = self.grid.project(left.float()).double() @ self.grid.project(right.float()).double()
@@ -97,10 +97,10 @@ class LowRank:
         rank = self.rank_of((v.shape[0], v.shape[1]))
         if weights is None:
             return truncate(v, rank)
-        weights = weights.double()
-        peak = weights.max().clamp_min(torch.finfo(torch.float64).tiny)
+        # Only ratios count; with a peak of 1 no product of them over- or underflows.
+        weights = weights / (float(weights.max()) or 1.0)
         rows, columns = weights.sum(1), weights.sum(0)
-        if float((torch.outer(rows, columns) / weights.sum().clamp_min(1e-300) - weights).abs().max()) > 1e-5 * peak:
+        if float((torch.outer(rows, columns) / (float(weights.sum()) or 1.0) - weights).abs().max()) > 1e-5:
             raise ValueError(
                 f"{self} needs a score that is a row weight times a column weight, got {tuple(weights.shape)} others; "
                 "pass (n,) column weights."
