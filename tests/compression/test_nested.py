@@ -216,6 +216,18 @@ def test_the_first_impossible_budget_is_named_with_the_plan_nearest_to_it():
     assert caught.value.nearest["size"] == 1.0
 
 
+def test_a_tight_budget_that_the_loose_one_leads_away_from_is_kept():
+    # The loose budget alone would take "z"; from there no option keeps the tight one.
+    choices = [Choice("a", ("x", "y", "z", "w"))]
+    terms = [
+        Term(("a",), "loss", np.array([0.0, 3.0, 1.0, 9.0])),
+        Term(("a",), "size", np.array([9.0, 1.0, 4.0, 4.0])),
+    ]
+    found = choose_nested(choices, terms, limits=[{"size": 5.0}, {"size": 1.0}])
+    assert [plan.picks["a"] for plan in found] == [1, 1]
+    assert found[0].gap <= GAP
+
+
 def test_out_of_time_nested_plans_keep_their_budgets():
     choices, terms = problem(2)
     plans = every(choices, terms)

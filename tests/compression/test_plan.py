@@ -237,6 +237,16 @@ def test_an_impossible_budget_is_proved():
     assert caught.value.nearest == {"loss": 1.0, "size": 1.0}
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_the_unit_of_the_loss_does_not_matter(unit):
+    # All of the loss is in a table over two decisions, and descent alone finds no plan.
+    loss = unit * np.array([[0.0, 3.0], [3.0, 2.0]])
+    terms = [Term(("a", "b"), "loss", loss), *TRAP_TERMS[1:]]
+    found = choose(TRAP, terms, limits={"size": 1.5})
+    assert found.picks == {"a": 1, "b": 1}
+    assert found.gap <= GAP
+
+
 def test_the_loss_can_be_limited_like_a_cost():
     choices, terms = knapsack(1)
     assert choose(choices, terms, limits={"loss": 1e3}).gap <= GAP

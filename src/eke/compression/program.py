@@ -169,6 +169,11 @@ class _Search:
         return self.value - self.bound <= self.gap * self.value < np.inf or self.left == 0
 
     @property
+    def useful(self) -> float:
+        """Loss above which nothing is of use, with room for rounding."""
+        return self.value * (1 + 1e-9)
+
+    @property
     def left(self) -> float:
         """Seconds that are left."""
         return max(self.deadline - time.perf_counter(), 0.0)
@@ -296,6 +301,9 @@ def solve(graph: Graph, weights: Table, limits: Table, *, gap: float, seconds: f
     start = time.perf_counter()
     search = _Search(weights, limits, gap, start + seconds)
     greedy = descend(graph, limits, deadline=start + _GREEDY_SHARE * seconds)
+    if greedy is None and search.left > 0:
+        # The tightest budget's plan serves all budgets.
+        greedy = np.repeat(_nearest(graph, limits[-1], seconds=search.left / 4)[None], len(weights), axis=0)
     if greedy is not None:
         search.offer(graph, greedy)
     allowed = np.repeat(graph.valid[None], len(weights), axis=0)
@@ -303,9 +311,12 @@ def solve(graph: Graph, weights: Table, limits: Table, *, gap: float, seconds: f
     search.bound = base
     if search.finished:
         return search.found()
-    known = 0 < search.value < np.inf
-    search.scale = search.value if known else max(float(graph.unary[0].max(initial=0.0)), 1e-30)
-    graph, allowed, extra = _shrunk(graph, allowed & (base + extra <= search.value), extra)
+    largest = max(float(table.max(initial=0.0)) for table in (graph.unary[0], *(s.table[0] for s in graph.scopes)))
+    search.scale = (search.value if 0 < search.value < np.inf else largest) or 1.0
+    allowed &= base + extra <= search.useful
+    if not allowed.any(axis=2).all():
+        return Found(search.picks, search.value)
+    graph, allowed, extra = _shrunk(graph, allowed, extra)
     duals, impossible = _relaxed(search, graph, allowed)
     if impossible and search.picks is None:
         return Found(None, np.inf, impossible=True)
@@ -318,7 +329,9 @@ def solve(graph: Graph, weights: Table, limits: Table, *, gap: float, seconds: f
     margin = max(_FIRST_MARGIN * gap * base, 2 * least)
     while not search.finished:
         whole = margin >= search.value - base or bool((extra[allowed] <= margin).all())
-        lower = _integral(search, graph, allowed & (base + extra <= min(base + margin, search.value)))
+        core = allowed & (base + extra <= min(base + margin, search.useful))
+        # A decision without options: what is better than the best plans would need one that is proved not to be.
+        lower = _integral(search, graph, core) if core.any(axis=2).all() else np.inf
         search.bound = max(search.bound, min(lower, np.inf if whole else base + margin, search.value))
         if whole:
             break
@@ -348,17 +361,19 @@ def nearest(graph: Graph, limits: Table, *, seconds: float) -> Picks:
     Returns:
         Original options (decisions,).
     """
-    search = _Search(np.ones(1), limits[None], 1e-3, time.perf_counter() + seconds)
+    return np.asarray(graph.originals(_nearest(graph, limits, seconds=seconds)[None])[0])
+
+
+def _nearest(graph: Graph, limits: Table, *, seconds: float) -> Picks:
+    deadline = time.perf_counter() + seconds
+    search = _Search(np.ones(1), limits[None], 1e-3, deadline)
     program = Program.of(graph, 1)
     _, lines, right = search.rows(program, graph.constant, _ROW)
     objective = np.zeros(lines.shape[1] + 1)
     objective[-1] = 1.0
     stretched = np.concatenate([lines, np.full((len(lines), 1), -_ROW)], axis=1), right - _ROW
-    result = _milp(
-        program, objective, stretched, open_=np.ones((1, program.binaries), dtype=bool), gap=1e-3, seconds=seconds
-    )
+    everything = np.ones((1, program.binaries), dtype=bool)
+    result = _milp(program, objective, stretched, open_=everything, gap=search.gap, seconds=seconds)
     if result.x is None:
-        picks = approach(graph, limits, deadline=time.perf_counter() + seconds)[None]
-    else:
-        picks = program.picks(graph, result.x[:-1])
-    return np.asarray(graph.originals(picks)[0])
+        return approach(graph, limits, deadline=deadline)
+    return np.asarray(program.picks(graph, result.x[:-1])[0])
