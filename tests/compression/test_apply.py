@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from eke.compression import apply, candidates
+from eke.compression.apply import Layout
+from eke.compression.artifact import Blueprint
+from eke.compression.candidates import Decisions, Forms
 from eke.compression.deploy import foldable
 from eke.compression.lessons import collect
 from eke.compression.task import cross_entropy, forward
 from eke.curvature import Curvature
-from eke.sites import channel_groups, find
+from eke.sites import Surgery, channel_groups, find
 from eke.structures import UniformGrid
 
 from .nets import batches, outputs, same, samples, state, trained
@@ -36,15 +39,16 @@ def halves(widths):
 
 def test_a_plan_that_keeps_everything_changes_nothing(model, world):
     _, sites, curvature, widths = world
-    net = apply.cut(model, widths, {w.choice: 0 for w in widths}, sites=sites, curvature=curvature)
+    decisions = Decisions(tuple(widths))
+    net = apply.cut(model, decisions, {w.choice: 0 for w in widths}, sites=sites, curvature=curvature)
     assert same(state(net), state(model))
-    assert apply.surgery(widths, {}).slices == {}
+    assert decisions.surgery({}).slices == {}
 
 
 def test_cutting_leaves_the_original_alone(model, world):
     _, sites, curvature, widths = world
     before = state(model)
-    net = apply.cut(model, widths, halves(widths), sites=sites, curvature=curvature)
+    net = apply.cut(model, Decisions(tuple(widths)), halves(widths), sites=sites, curvature=curvature)
     assert same(state(model), before)
     for width in widths:
         kept = width.kept[halves(widths)[width.choice]]
@@ -56,8 +60,9 @@ def test_compensated_readers_answer_more_like_before_than_cut_ones(model, world)
     data, sites, curvature, widths = world
     width = next(w for w in widths if [m.module_name for m in w.group.consumers] == ["conv3"])
     picks = {width.choice: len(width.kept) // 2}
-    compensated = apply.cut(model, [width], picks, sites=sites, curvature=curvature)
-    plain = apply.shaped(model, apply.surgery([width], picks), folded=(), memory_format="contiguous")
+    decisions = Decisions((width,))
+    compensated = apply.cut(model, decisions, picks, sites=sites, curvature=curvature)
+    plain = apply.shaped(model, apply.blueprint(decisions, picks, Layout()))
     images = torch.cat([x for x, _ in data])
 
     def answer(net):
@@ -102,13 +107,13 @@ def test_a_deployed_net_lies_on_its_grids_and_deploying_again_changes_nothing(mo
     net = trained(seed=7)
     x = samples(4, seed=3)[0]
     grids = {site.name: UniformGrid(4) for site in find(net)}
-    pairs = foldable(net, lambda m: m(x))
-    apply.deploy_(net, folded=pairs, memory_format="contiguous", grids=grids)
-    for site, grid in apply.on_grids(net, grids).values():
+    pairs = tuple(foldable(net, lambda m: m(x)))
+    apply.deploy_(net, Blueprint(Surgery(), pairs, "contiguous", grids))
+    for site, grid in apply.on_structures(net, grids).values():
         matrix = site.read(net)
         assert torch.equal(grid.project(matrix), matrix)
     before = state(net)
-    apply.deploy_(net, folded=(), memory_format="contiguous", grids=grids)
+    apply.deploy_(net, Blueprint(Surgery(), (), "contiguous", grids))
     assert same(state(net), before)
 
 
@@ -116,16 +121,17 @@ def test_folding_after_rounding_keeps_the_rounded_net(model):
     x = samples(4, seed=3)[0]
     rounded = trained(seed=7)
     grids = {site.name: UniformGrid(5) for site in find(rounded)}
-    for site, grid in apply.on_grids(rounded, grids).values():
+    for site, grid in apply.on_structures(rounded, grids).values():
         site.write_(rounded, grid.project(site.read(rounded)))
     deployed = trained(seed=7)
-    apply.deploy_(deployed, folded=foldable(model, lambda m: m(x)), memory_format="channels_last", grids=grids)
+    apply.deploy_(deployed, Blueprint(Surgery(), tuple(foldable(model, lambda m: m(x))), "channels_last", grids))
     torch.testing.assert_close(outputs(deployed), outputs(rounded), rtol=1e-3, atol=1e-3)
 
 
-def test_only_grids_are_chosen_not_float(world):
+def test_only_structures_are_chosen_not_float(world):
     _, sites, _, _ = world
-    grids = [candidates.Grids(site, (UniformGrid(4), None), (0.0, 0.0)) for site in sites]
-    picks = {grid.choice: number % 2 for number, grid in enumerate(grids)}
-    chosen = apply.grids_of(grids, picks)
-    assert set(chosen) == {grid.site.name for number, grid in enumerate(grids) if number % 2 == 0}
+    forms = tuple(Forms(site, (None, UniformGrid(4)), (0.0, 0.0)) for site in sites)
+    picks = {form.choice: number % 2 for number, form in enumerate(forms)}
+    chosen = Decisions(forms=forms).structures(picks)
+    assert set(chosen) == {form.site.name for number, form in enumerate(forms) if number % 2}
+    assert set(apply.blueprint(Decisions(forms=forms), picks, Layout()).structures) == set(chosen)

@@ -34,8 +34,8 @@ def compressed(model: nn.Module, *, bits: int = 4, memory_format: str = "channel
     small = copy.deepcopy(model).eval()
     blueprint.reshape_(small)
     for site in find(small):
-        if site.name in blueprint.grids:
-            site.write_(small, blueprint.grids[site.name].project(site.read(small)))
+        if site.name in blueprint.structures:
+            site.write_(small, blueprint.structures[site.name].project(site.read(small)))
     return small, blueprint
 
 
@@ -205,19 +205,19 @@ def test_a_missing_file_is_named(artifact, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: [], r"plan\.json must have the format 'eke artifact 1', got 'list'"),
-        (lambda p: {**p, "format": "other 9"}, r"must have the format 'eke artifact 1', got 'other 9'"),
+        (lambda p: [], r"plan\.json must have the format 'eke artifact 2', got 'list'"),
+        (lambda p: {**p, "format": "other 9"}, r"must have the format 'eke artifact 2', got 'other 9'"),
         (lambda p: {**p, "sha256": {}}, r"model\.safetensors was changed: .* the plan names none"),
         (
-            lambda p: {k: v for k, v in p.items() if k != "grids"},
-            r"The plan lacks \['grids'\]: it is not a plan of this",
+            lambda p: {k: v for k, v in p.items() if k != "structures"},
+            r"The plan lacks \['structures'\]: it is not a plan of this",
         ),
         (lambda p: {**p, "memory_format": "nhwc"}, r"memory format must be one of .*, got 'nhwc'"),
         (
-            lambda p: {**p, "grids": {"absent": {"bits": 4, "group": None}}},
+            lambda p: {**p, "structures": {"absent": {"kind": "UniformGrid", "bits": 4, "group": None}}},
             r"The artifact packs \['absent'\], which this",
         ),
-        (lambda p: {**p, "grids": {}}, r"differ in the tensors \['classifier\.weight', 'classifier\.weight:codes'"),
+        (lambda p: {**p, "structures": {}}, r"differ in the tensors \['classifier\.weight', 'classifier\.weight:codes'"),
         (lambda p: {**p, "surgery": {}}, r"This is not a surgery"),
     ],
 )

@@ -13,7 +13,7 @@ from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
 from eke.sites import channel_groups, find
 from eke.solvers import remove_columns
-from eke.structures import UniformGrid
+from eke.structures import NM, Both, LowRank, UniformGrid, Unstructured
 
 from .nets import batches, trained
 
@@ -114,20 +114,94 @@ def test_a_group_with_an_unknown_reader_is_left_out(model, world):
 
 def test_fewer_bits_cost_more_and_float_costs_nothing(model, world):
     sites, curvature, _ = world
-    proposed = candidates.grid_candidates(model, sites, curvature, STRUCTURES)
-    assert [g.site.name for g in proposed] == [site.name for site in sites]
-    for grid in proposed:
-        assert grid.structures == (*STRUCTURES, None)
-        assert grid.losses[-1] == 0
-        assert 0 <= grid.losses[0] < grid.losses[1] < grid.losses[2]
+    proposed = candidates.form_candidates(model, sites, curvature, STRUCTURES[::-1])
+    assert [form.site.name for form in proposed] == [site.name for site in sites]
+    for form in proposed:
+        assert form.structures == (None, *STRUCTURES)
+        assert form.losses[0] == 0
+        matrix = form.site.read(model)
+        changes = [
+            candidates.replaced(s, matrix, curvature, form.site, solver=candidates.quick) - matrix for s in STRUCTURES
+        ]
+        curved = [curvature.quadratic(form.site.name, change) for change in changes]
+        # The slope may favour one rounding by chance; the curvature always knows which is the stronger change.
+        assert 0 < curved[0] < curved[1] < curved[2]
+        slopes = [curvature.linear(form.site.name, change) for change in changes]
+        wanted = [max(q + slope, candidates.FLOOR * q) for q, slope in zip(curved, slopes)]
+        assert form.losses[1:] == pytest.approx(wanted, rel=1e-12)
+        assert min(form.losses[1:]) > 0
 
 
 def test_candidates_are_rebuilt_from_json(model, world, widths):
     sites, curvature, groups = world
-    grids = candidates.grid_candidates(model, sites, curvature, STRUCTURES)
-    document = json.loads(json.dumps(candidates.to_json(widths, grids)))
-    again, grids_again = candidates.from_json(document, groups, sites, STRUCTURES)
-    assert [(w.choice, w.kept, w.order, w.losses) for w in again] == [
+    structures = (*STRUCTURES, Both(Unstructured(0.5), UniformGrid(4)), LowRank(0.25, UniformGrid(6)))
+    forms = candidates.form_candidates(model, sites, curvature, structures, factorable=("conv2",))
+    blocks = (candidates.Block("conv2", "zero", 0.25), candidates.Block("conv3", "identity", 0.5))
+    decisions = candidates.Decisions(tuple(widths), tuple(forms), blocks)
+    document = json.loads(json.dumps(candidates.to_json(decisions)))
+    again = candidates.from_json(document, groups, sites, structures)
+    assert [(w.choice, w.kept, w.order, w.losses) for w in again.widths] == [
         (w.choice, w.kept, w.order, w.losses) for w in widths
     ]
-    assert grids_again == grids
+    assert again.forms == decisions.forms
+    assert again.blocks == blocks
+    assert again.losses == decisions.losses
+
+
+def test_structures_run_from_most_to_fewest_bits_and_save_some(model, world):
+    sites, curvature, _ = world
+    given = (UniformGrid(3), LowRank(0.9), NM(2, 4), Unstructured(0.99), UniformGrid(8))
+    proposed = candidates.form_candidates(model, sites, curvature, given, factorable=[site.name for site in sites])
+    for form in proposed:
+        assert form.structures[0] is None
+        bits = [structure.bits(form.site.shape) for structure in form.structures[1:]]
+        plain = 32 * form.site.shape[0] * form.site.shape[1]
+        assert bits == sorted(bits, reverse=True)
+        assert bits[0] < plain
+        left_out = set(given) - set(form.structures)
+        assert all(candidates.fitting(s, form.site.shape) is None or s.bits(form.site.shape) >= plain for s in left_out)
+
+
+def test_only_what_can_be_factored_is_offered_ranks(model, world):
+    sites, curvature, _ = world
+    proposed = candidates.form_candidates(
+        model, sites, curvature, (UniformGrid(4), LowRank(0.25)), factorable=("conv2", "conv3")
+    )
+    assert {form.site.name for form in proposed if form.ranks} == {"conv2", "conv3"}
+    assert all(UniformGrid(4) in form.structures for form in proposed)
+
+
+def test_a_solver_that_returns_nonsense_is_named_with_site_and_structure(model, world):
+    sites, curvature, _ = world
+    for wrong in (lambda s, w, m: w[:1], lambda s, w, m: torch.full_like(w, torch.nan)):
+        with pytest.raises(
+            ValueError,
+            match=r"The solver returned \(\d+, \d+\) with \d+ values that are not finite for UniformGrid\(bits=4\) at "
+            r"'conv1', a matrix \(16, 27\)",
+        ):
+            candidates.form_candidates(model, sites, curvature, (UniformGrid(4),), solver=wrong)
+
+
+def test_losses_can_be_replaced_and_nothing_else_is(model, world, widths):
+    sites, curvature, _ = world
+    forms = candidates.form_candidates(model, sites, curvature, STRUCTURES)
+    decisions = candidates.Decisions(tuple(widths), tuple(forms), (candidates.Block("conv2", "zero", 0.25),))
+    doubled = decisions.with_losses({name: [2 * loss for loss in found] for name, found in decisions.losses.items()})
+    assert doubled.losses == {name: tuple(2 * x for x in found) for name, found in decisions.losses.items()}
+    assert [f.structures for f in doubled.forms] == [f.structures for f in decisions.forms]
+    assert [w.order for w in doubled.widths] == [w.order for w in decisions.widths]
+    assert doubled.blocks[0].kind == "zero"
+
+
+def test_what_a_block_holds_is_not_replaced_when_it_is_left_out():
+    net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4))
+    forms = tuple(candidates.Forms(site, (None, UniformGrid(4)), (0.0, 1.0)) for site in find(net))
+    decisions = candidates.Decisions((), forms, (candidates.Block("0", "identity", 1.0),))
+    picks = {form.choice: 1 for form in forms}
+    assert set(decisions.structures(picks)) == {"0.0", "0.1", "1"}
+    assert set(decisions.structures({**picks, "block:0": 1})) == {"1"}
+    assert decisions.removed({**picks, "block:0": 1}) == {"0": "identity"}
+    assert decisions.removed(picks) == {}
+    assert decisions.block_of("0.1") == decisions.blocks[0]
+    assert decisions.block_of("1") is None
+    assert not decisions.blocks[0].holds("01")

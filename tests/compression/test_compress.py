@@ -21,6 +21,7 @@ from .conftest import shorten_measurements
 from .nets import STEPS, Tiny, batches, outputs, same, state, tiny_task, trained
 
 BUDGET = Budget(size="0.25x", macs="0.5x")
+STAGES = ("statistics", "candidates", "calibration", "costs", "plan", "recover", "verify")
 
 
 def run(model, task=None, **options):
@@ -146,7 +147,7 @@ def test_an_interrupt_at_any_stage_can_be_resumed(quick, model, reference, tmp_p
     steps = Interrupt()
     whole = tmp_path / "whole"
     assert (run(model, folder=whole, progress=steps).save(tmp_path / "saved") / WEIGHTS).read_bytes() == reference
-    assert {stage for stage, _ in steps.calls} == {"statistics", "candidates", "costs", "plan", "recover", "verify"}
+    assert {stage for stage, _ in steps.calls} == set(STAGES)
     stages = [stage for stage, _ in steps.calls]
     for at in sorted({stages.index(s) for s in stages} | {len(stages) - 1 - stages[::-1].index(s) for s in stages}):
         folder = tmp_path / f"run{at}"
@@ -173,7 +174,7 @@ def test_what_was_measured_before_an_interrupt_is_not_measured_again(quick, mode
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"budget": Budget(size="0.3x")}, "budget was"),
         ({"recovery": Recovery(steps=5)}, "recovery was"),
-        ({"grids": (UniformGrid(8),)}, "grids was"),
+        ({"structures": (UniformGrid(8),)}, "structures was"),
         ({"skip": ("conv1",)}, r"skip was \[\] and is now \['conv1'\]"),
         ({"recipe": {"data": "other"}}, "data was None and is now 'other'"),
     ],
@@ -248,8 +249,8 @@ def test_without_an_evaluation_the_calibration_loss_is_the_score(quick, model):
 
 def test_a_skipped_module_keeps_its_channels_and_its_floats(quick, model):
     result = run(model, skip=("classifier", "conv2"), budget=Budget(size="0.7x"))
-    assert "classifier" not in result.blueprint.grids
-    assert "conv2" not in result.blueprint.grids
+    assert "classifier" not in result.blueprint.structures
+    assert "conv2" not in result.blueprint.structures
     assert result.model.conv2.weight.shape == model.conv2.weight.shape
 
 
@@ -349,19 +350,24 @@ def test_a_full_disk_during_a_run_loses_nothing(quick, model, reference, tmp_pat
 
 def test_every_decision_was_also_measured_alone(result, model):
     lines = {line.site: line for line in result.evidence.plan}
-    assert set(lines) == {name.removeprefix("bits:") for name in result.plan.picks}
+    assert set(lines) == {name.removeprefix("matrix:") for name in result.plan.picks}
     changed = [line for line in lines.values() if line.predicted_loss]
     assert changed
     assert all(line.measured_loss is not None for line in changed)
 
 
-def test_the_measured_loss_of_a_rounded_matrix_is_that_of_the_rounded_net(result, model):
-    line = next(line for line in result.evidence.plan if line.change.endswith("bits"))
-    bits = int(line.change.split(", ")[1].split()[0])
-    rounded = copy.deepcopy(model)
-    site = next(site for site in eke.sites.find(rounded) if site.name == line.site)
-    site.write_(rounded, UniformGrid(bits).project(site.read(rounded)))
+def test_the_measured_loss_of_a_rounded_matrix_is_that_of_the_rounded_net(quick, model):
+    def nearest(structure, weight, metric):
+        return structure.project(weight)
+
+    result = run(model, budget=Budget(size="0.3x"), structures=(UniformGrid(8), UniformGrid(3)), solver=nearest)
+    lines = [line for line in result.evidence.plan if line.change.endswith("bits")]
+    assert lines
     data = tiny_task().calibration
-    with torch.no_grad():
-        losses = [sum(float(cross_entropy(net, batch)) for batch in data) / len(data) for net in (rounded, model)]
-    assert line.measured_loss == pytest.approx(losses[0] - losses[1], abs=1e-6)
+    for line in lines:
+        rounded = copy.deepcopy(model)
+        site = next(site for site in eke.sites.find(rounded) if site.name == line.site)
+        site.write_(rounded, UniformGrid(int(line.change.split()[-2])).project(site.read(rounded)))
+        with torch.no_grad():
+            losses = [sum(float(cross_entropy(net, batch)) for batch in data) / len(data) for net in (rounded, model)]
+        assert line.measured_loss == pytest.approx(losses[0] - losses[1], abs=1e-6)

@@ -26,8 +26,8 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
-def grids_for(model: nn.Module, *names: str, bits: int = 3) -> dict:
-    return {site.name: (site, UniformGrid(bits)) for site in find(model) if site.name in names}
+def forms_for(model: nn.Module, *names: str, structure=UniformGrid(3)) -> dict:
+    return {site.name: (site, structure) for site in find(model) if site.name in names}
 
 
 def impatient(monkeypatch, *, seconds: float) -> None:
@@ -45,7 +45,9 @@ def damaged(model: nn.Module) -> nn.Module:
     return student
 
 
-def recovered(model, student, *, checkpoint=None, kill_after=None, recovery=RECOVERY, seed=3):
+def recovered(
+    model, student, *, checkpoint=None, kill_after=None, recovery=RECOVERY, seed=3, forms=None, members=None
+):
     def progress(step, loss):
         if step == kill_after:
             raise Killed
@@ -54,7 +56,8 @@ def recovered(model, student, *, checkpoint=None, kill_after=None, recovery=RECO
         student,
         collect(model, batches(96), forward=forward),
         recovery,
-        grids=grids_for(student, "conv2", "classifier"),
+        forms=forms_for(student, "conv2", "classifier") if forms is None else forms(student),
+        members=members,
         forward=forward,
         seed=seed,
         checkpoint=checkpoint,
@@ -115,7 +118,7 @@ def test_weights_pass_through_their_grids_in_the_last_part(taught):
         return forward(model, batch)
 
     lessons = collect(taught, batches(96), forward=forward)
-    recover_(student, lessons, RECOVERY, grids=grids_for(student, "conv2", "classifier"), forward=watched)
+    recover_(student, lessons, RECOVERY, forms=forms_for(student, "conv2", "classifier"), forward=watched)
     assert [s["conv2"] for s in seen] == [False] * 6 + [True] * 6
     assert all(s["classifier"] == s["conv2"] and not s["conv1"] for s in seen)
 
@@ -188,7 +191,7 @@ def recover_dropping(model, student, *, checkpoint=None, kill_after=None):
             raise Killed
 
     lessons = collect(model, batches(96), forward=forward)
-    recover_(student, lessons, RECOVERY, grids={}, forward=forward, checkpoint=checkpoint, progress=progress)
+    recover_(student, lessons, RECOVERY, forms={}, forward=forward, checkpoint=checkpoint, progress=progress)
     return student
 
 

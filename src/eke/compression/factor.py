@@ -39,22 +39,26 @@ def factor_(model: nn.Module, site: Site, rank: int) -> None:
     biased = getattr(old, "bias", None) is not None
     first: nn.Module
     second: nn.Module
-    if isinstance(old, _CONVOLUTIONS) and old.groups == 1:
-        kind: Any = next(known for known in _CONVOLUTIONS if isinstance(old, known))
-        first = kind(
-            old.in_channels, rank, old.kernel_size, stride=old.stride, padding=old.padding, dilation=old.dilation,
-            padding_mode=old.padding_mode, bias=False, **like,
-        )  # fmt: skip
-        second = kind(rank, old.out_channels, 1, bias=biased, **like)
-    elif site.kind == "linear":
-        rows, columns = site.shape
-        first = nn.Linear(columns, rank, bias=False, **like)
-        second = nn.Linear(rank, rows, bias=biased, **like)
-    else:
-        raise ValueError(f"Cannot factor {site.name!r} ({site.kind}, groups={site.groups}): leave it out with skip=.")
+    # New layers draw their values from the global generator, which is put back.
+    with torch.random.fork_rng(devices=[weight.device.index] if weight.is_cuda else []):
+        if isinstance(old, _CONVOLUTIONS) and old.groups == 1:
+            kind: Any = next(known for known in _CONVOLUTIONS if isinstance(old, known))
+            first = kind(
+                old.in_channels, rank, old.kernel_size, stride=old.stride, padding=old.padding, dilation=old.dilation,
+                padding_mode=old.padding_mode, bias=False, **like,
+            )  # fmt: skip
+            second = kind(rank, old.out_channels, 1, bias=biased, **like)
+        elif site.kind == "linear":
+            rows, columns = site.shape
+            first = nn.Linear(columns, rank, bias=False, **like)
+            second = nn.Linear(rank, rows, bias=biased, **like)
+        else:
+            raise ValueError(
+                f"Cannot factor {site.name!r} ({site.kind}, groups={site.groups}): leave it out with skip=."
+            )
+    pair = nn.Sequential(first, second).train(old.training).requires_grad_(weight.requires_grad)
     if biased:
         second.bias = old.bias
-    pair = nn.Sequential(first, second).train(old.training).requires_grad_(weight.requires_grad)
     parent, _, attribute = site.module_name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, pair)
 
