@@ -13,7 +13,7 @@ import eke
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["compression", "cost", "curvature", "demo", "report", "sites", "solvers", "structures"]
-NAMES = ["Budget", "Counts", "Result", "Task", "__version__", "compress", "load"]
+NAMES = ["Budget", "Counts", "Result", "Task", "__version__", "compress", "front", "load", "survey"]
 
 
 def test_public_names_are_pinned():

@@ -17,7 +17,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import compression, cost, curvature, demo, report, sites, solvers, structures
     from ._types import Counts
-    from .compression import Budget, Result, Task, compress, load
+    from .compression import Budget, Result, Task, compress, front, load, survey
 
 _LOCATIONS = {
     "Budget": "compression",
@@ -25,7 +25,9 @@ _LOCATIONS = {
     "Result": "compression",
     "Task": "compression",
     "compress": "compression",
+    "front": "compression",
     "load": "compression",
+    "survey": "compression",
     "compression": "",
     "cost": "",
     "curvature": "",
@@ -48,11 +50,13 @@ __all__ = [
     "cost",
     "curvature",
     "demo",
+    "front",
     "load",
     "report",
     "sites",
     "solvers",
     "structures",
+    "survey",
 ]
 
 
