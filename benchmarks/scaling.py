@@ -39,7 +39,7 @@ FULL: dict[str, list[Any]] = {
     "batches": [32, 64, 128, 256, 512], "widths": [64, 128, 256, 512, 1024],
 }  # fmt: skip
 SMOKE: dict[str, list[Any]] = {
-    "sites": [10, 20], "candidates": [8], "budgets": [1, 3], "chain": [], "batches": [8, 16], "widths": [64, 128],
+    "sites": [12], "candidates": [8], "budgets": [1, 3], "chain": [], "batches": [8, 16], "widths": [64, 128],
 }  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def panel(title: str, axis: str, unit: str, series: Sequence[Series], *, floor: 
     first, last = math.log(min(places)), math.log(max(places))
 
     def at(x: float, y: float) -> Point:
-        right = (math.log(x) - first) / (last - first)
+        right = (math.log(x) - first) / ((last - first) or 1.0)
         up = (math.log(max(y, floor)) - math.log(low)) / (math.log(high) - math.log(low))
         return round(LEFT + 8 + right * (wide - 16), 1), round(TOP + tall * (1 - up), 1)
 
