@@ -38,7 +38,7 @@ from eke.compression.checkpoint import Run
 from eke.compression.measure import runner
 from eke.compression.plan import Term, total
 from eke.compression.rounds import attempts, plan_within
-from eke.compression.survey import Survey, survey
+from eke.compression.overview import Survey, survey
 from eke.compression.tables import choices
 from eke.compression.task import evaluating
 

@@ -83,7 +83,7 @@ def compress_front(
     from ..cost import pinned_threads
 
     recovery: Mapping[str, Any] = wanted.recovery
-    budgets = budgets_between(Budget(**wanted.budget), count)  # type: ignore[arg-type]
+    budgets = budgets_between(Budget(**wanted.budget), count)
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)
     with pinned_threads(wanted.threads), shown() as progress:
         results = front(

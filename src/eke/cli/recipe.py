@@ -30,7 +30,7 @@ from .session import UsageError
 BUDGET = ("max_drop", "latency", "size", "macs", "parameters", "peak_memory")
 """Limits, as `eke.Budget` has them."""
 
-RECOVERY = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup", "grid_from")
+RECOVERY = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup", "grid_from", "hidden")
 """Numbers of `eke.compression.Recovery`."""
 
 TASKS = ("demo",)

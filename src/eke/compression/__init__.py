@@ -5,11 +5,11 @@ from __future__ import annotations
 from .artifact import load
 from .budget import Budget
 from .lessons import distillation
+from .overview import Option, Survey, survey
 from .pipeline import compress, front
 from .plan import Choice, InfeasibleError, Plan, Term, choose, choose_nested
 from .recover import Recovery
 from .result import Result
-from .survey import Option, Survey, survey
 from .task import Task, accuracy, cross_entropy, forward
 
 __all__ = [

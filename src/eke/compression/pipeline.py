@@ -9,6 +9,7 @@ selection split) the check of the result, and `report` is opened once, at the en
 
 from __future__ import annotations
 
+import copy
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,11 +26,12 @@ from .candidates import STRUCTURES, Solver
 from .checkpoint import Run, read_tensors, write_tensors
 from .checks import check_report
 from .deploy import set_memory_format_
+from .hidden import hints
 from .job import Job, Progress
 from .lessons import Lessons, collect
 from .plan import InfeasibleError, Plan
 from .prepare import Prepared, prepare
-from .recover import Recovery, recover_
+from .recover import Recovery, Teacher, recover_
 from .result import Result
 from .rounds import Planned, attempts, plan_nested, plan_within
 from .space import Space, explore
@@ -280,6 +282,11 @@ def _recovered(
     net, form = planned.net, planned.blueprint
     apply.recalibrate_(net, lessons, forward=job.forward)
     early = job.score(planned.finished(), of="the cut model")
+    teacher = None
+    if job.recovery.hidden:
+        original = copy.deepcopy(job.model).eval().requires_grad_(False)
+        found = hints(original, net, space.sites, form.surgery, call=lambda m: measure.runner(m, job.inputs)())
+        teacher = Teacher(original, tuple(found))
     # Convolutions train faster with channels last; `deploy_` sets the format that was measured to run fastest.
     set_memory_format_(net, "channels_last")
     done = run.path(f"{stage}-done.safetensors")
@@ -289,7 +296,7 @@ def _recovered(
         steps = job.recovery.steps
         recover_(
             net, lessons, job.recovery, forms=apply.on_structures(net, form.structures), members=planned.members,
-            forward=job.forward, seed=job.seed, checkpoint=run.path(f"{stage}.safetensors"),
+            forward=job.forward, seed=job.seed, teacher=teacher, checkpoint=run.path(f"{stage}.safetensors"),
             progress=lambda step, loss: job.progress("recover", step / steps, f"step {step}/{steps}, loss {loss:.4f}"),
         )  # fmt: skip
         if done is not None:

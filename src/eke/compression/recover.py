@@ -23,6 +23,7 @@ from ..sites import Site
 from ..structures import Exactness, Structure, Supported, UniformGrid, straight_through
 from ..training import run
 from .checkpoint import read_tensors, write_tensors
+from .hidden import Hint, Watch, distance
 from .lessons import Lessons, distillation
 from .task import Forward
 
@@ -45,6 +46,8 @@ class Recovery:
         warmup: Share of the steps with rising learning rate.
         grid_from: Share of the steps after which weights pass through their grids.
         match: Distance from the teacher's outputs.
+        hidden: Weight of the distance of hidden states from the teacher's, which then runs in every step; 0 leaves
+            it out.
 
     Raises:
         ValueError: if a number is out of range.
@@ -57,12 +60,15 @@ class Recovery:
     warmup: float = 0.2
     grid_from: float = 0.7
     match: Match = distillation
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"Recovery needs steps >= 0, batch_size >= 1, learning_rate > 0 and weight_decay >= 0, got {self}."
             )
+        if not (math.isfinite(self.hidden) and self.hidden >= 0):
+            raise ValueError(f"Recovery needs a finite weight hidden >= 0, got {self.hidden}.")
         if not 0 <= self.warmup < 1 or not 0 <= self.grid_from <= 1:
             raise ValueError(f"Recovery needs 0 <= warmup < 1 and 0 <= grid_from <= 1, got {self}.")
 
@@ -75,6 +81,14 @@ class Recovery:
         return self.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The original model, in evaluation mode, and the modules whose outputs are compared."""
+
+    model: nn.Module
+    hints: tuple[Hint, ...]
+
+
 class _Formed(nn.Module):
     """Parametrization: the weight on its support from the start, on its grid in the last part, gradients straight
     through. Scales of a grid are searched anew every `REFRESH` steps.
@@ -82,7 +96,7 @@ class _Formed(nn.Module):
 
     def __init__(self, structure: Structure, site: Site, support: Tensor | None) -> None:
         super().__init__()
-        self.structure, self.transposed, self.support = structure, site.transposed, support
+        self.structure, self.site, self.support = structure, site, support
         self.grid = structure if isinstance(structure, UniformGrid) else getattr(structure, "second", None)
         # What is neither a support nor a grid is met from the first step on.
         self.active = support is None and self.grid is None
@@ -90,12 +104,12 @@ class _Formed(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight (any shape), formed as a matrix (m, n)."""
-        matrix = weight.t() if self.transposed else weight.reshape(weight.shape[0], -1)
+        matrix = _as_matrix(self.site, weight)
         if self.support is not None:
             matrix = matrix * self.support
         if self.active:
             matrix = straight_through(self._rounding(matrix.detach()), matrix)
-        return matrix.t() if self.transposed else matrix.reshape(weight.shape)
+        return _as_stored(self.site, matrix)
 
     def _rounding(self, matrix: Tensor) -> Structure:
         if not isinstance(self.grid, UniformGrid):
@@ -103,6 +117,25 @@ class _Formed(nn.Module):
         if self.scales is None:
             self.scales = self.grid.quantize(matrix)[1]
         return _Scaled(self.grid, self.scales)
+
+
+def _as_matrix(site: Site, weight: Tensor) -> Tensor:
+    """Return what `Site.read` returns, differentiable in the stored weight."""
+    if site.kind == "conv_transpose":
+        weight = weight.reshape(site.groups, -1, *weight.shape[1:]).transpose(1, 2)
+    elif site.transposed:
+        weight = weight.t()
+    return weight.reshape(site.shape)
+
+
+def _as_stored(site: Site, matrix: Tensor) -> Tensor:
+    """Return the weight whose matrix this is."""
+    if site.kind == "conv_transpose":
+        inputs, outputs, *kernel = site.stored_shape
+        matrix = matrix.reshape(site.groups, outputs, inputs // site.groups, *kernel).transpose(1, 2)
+    elif site.transposed:
+        matrix = matrix.t()
+    return matrix.reshape(site.stored_shape)
 
 
 class _Scaled:
@@ -131,6 +164,7 @@ def recover_(
     forms: Mapping[str, tuple[Site, Structure]],
     forward: Forward,
     members: Mapping[str, Tensor] | None = None,
+    teacher: Teacher | None = None,
     seed: int = 0,
     checkpoint: pathlib.Path | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -144,6 +178,7 @@ def recover_(
         forms: Site and structure of each matrix that will be packed.
         forward: Calls the model on a batch.
         members: Member of each structure to start from, by site name; of a structure with a support, the support.
+        teacher: The original and what to compare; needed if `recovery.hidden` is positive.
         seed: Of the order of samples.
         checkpoint: File to continue from and to write to, about every ten seconds.
         progress: Called with (step, loss).
@@ -159,10 +194,10 @@ def recover_(
         [p for _, p in trained], lr=recovery.learning_rate, weight_decay=recovery.weight_decay
     )
     model.train()
-    start = _resume(model, optimizer, trained, checkpoint)
+    # Supports are chosen from what the model was given with, before a checkpoint's values replace it.
+    formed = _register(model, forms, members or {})
     first_on_grid = math.floor(recovery.grid_from * recovery.steps)
     saved = time.monotonic()
-    formed = _register(model, forms, members or {})
 
     def step(index: int, samples: Tensor) -> float:
         for form in formed:
@@ -176,7 +211,7 @@ def recover_(
         # Dropout draws from the global generator: it is seeded for this step alone and put back.
         with torch.random.fork_rng(devices=sorted({p.device.index for _, p in trained if p.is_cuda})):
             torch.manual_seed((seed * 1_000_003 + index) % 2**63)
-            loss = recovery.match(forward(model, batch), answers)
+            loss = _loss(model, batch, answers, recovery=recovery, forward=forward, teacher=teacher)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -198,7 +233,7 @@ def recover_(
             samples=lessons.samples,
             batch_size=recovery.batch_size if lessons.mixed else 1,
             steps=recovery.steps,
-            start=start,
+            start=_resume(model, optimizer, trained, checkpoint),
             seed=seed,
             after=after,
         )
@@ -209,6 +244,20 @@ def recover_(
             parameter.grad = None
         model.eval()
     return losses
+
+
+def _loss(
+    model: nn.Module, batch: Any, answers: Any, *, recovery: Recovery, forward: Forward, teacher: Teacher | None
+) -> Tensor:
+    """Return the distance of outputs, and of hidden states where they are asked for."""
+    if teacher is None or not recovery.hidden or not teacher.hints:
+        return recovery.match(forward(model, batch), answers)
+    names = [hint.name for hint in teacher.hints]
+    with torch.no_grad(), Watch(teacher.model, names) as wanted:
+        forward(teacher.model, batch)
+    with Watch(model, names) as ours:
+        loss = recovery.match(forward(model, batch), answers)
+    return loss + recovery.hidden * distance(teacher.hints, ours.outputs, wanted.outputs)
 
 
 def _register(

@@ -7,6 +7,7 @@ from .low_rank import weighted_low_rank
 from .reconstruct import reconstruct
 from .refit import refit
 from .removal import Consumer, Removal, RemovalOrder, greedy_removal, removal_scores, remove_columns
+from .revisit import revisit
 from .solution import Solution
 from .sweep import sweep
 
@@ -21,6 +22,7 @@ __all__ = [
     "refit",
     "removal_scores",
     "remove_columns",
+    "revisit",
     "sweep",
     "weighted_low_rank",
 ]

@@ -5,11 +5,10 @@ With H = A^-1 and its upper Cholesky factor U (H = U^T U), fixing column j to q 
     W_j: <- W_j: - (W_j - q) / U_jj * U_j,j:
 
 is OBS restricted to the columns not yet fixed. Columns with the largest A_jj go first (their errors still have all
-others to lean on). Afterwards columns are revisited: given all others, the best free value of column j is
-W_j - (D A)_j / A_jj + D_j, rounded again; each visit lowers 1/2 tr(D A D^T) or keeps it. Both steps need no G.
+others to lean on). The sweep needs no G; afterwards columns are revisited in the whole metric (`revisit`).
 What is allowed (scales, supports) is fixed before the sweep by the structure's `by_columns`.
 
-Cost: n^3 + m n^2, and m n^2 a revisit of all columns; float64.
+Cost: n^3 + m n^2, and n (m n + 3 m^2) a revisit of all columns; float64.
 Source: Frantar & Alistarh, "Optimal brain compression", 2022; Frantar et al., "GPTQ", 2023 (order by activations).
 """
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..linalg import Metric, cholesky, damped, finite
 from ..structures import ColumnRule, Structure, Sweepable
+from .revisit import revisit_
 from .solution import Solution, best, plain_projections
 
 _BLOCK = 128
@@ -63,9 +63,7 @@ def sweep(
     order = a.diagonal().argsort(descending=True, stable=True)
     swept = _sweep(w, a, rule, order, damping)
     tried["sweep"] = swept.clone()
-    for _ in range(revisits):
-        if not _revisit_(swept, w, a, rule, order):
-            break
+    revisit_(swept, w, metric, rule, rounds=revisits)
     tried["sweep and revisits"] = swept
     return best(tried, weight, metric)
 
@@ -89,20 +87,3 @@ def _sweep(w: Tensor, a: Tensor, rule: ColumnRule, order: Tensor, damping: float
     result = torch.empty_like(free)
     result[:, order] = free
     return result
-
-
-def _revisit_(v: Tensor, w: Tensor, a: Tensor, rule: ColumnRule, order: Tensor) -> bool:
-    """Return whether anything changed when each column was rounded anew, in place, given all others."""
-    diagonal = a.diagonal()
-    delta = v - w
-    moved = False
-    for j in order.tolist():
-        if diagonal[j] <= 0:
-            continue
-        target = v[:, j] - (delta @ a[:, j]) / diagonal[j]
-        fixed = rule(target, j)
-        if not torch.equal(fixed, v[:, j]):
-            v[:, j] = fixed
-            delta[:, j] = fixed - w[:, j]
-            moved = True
-    return moved
