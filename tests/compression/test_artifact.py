@@ -217,7 +217,10 @@ def test_a_missing_file_is_named(artifact, name):
             lambda p: {**p, "structures": {"absent": {"kind": "UniformGrid", "bits": 4, "group": None}}},
             r"The artifact packs \['absent'\], which this",
         ),
-        (lambda p: {**p, "structures": {}}, r"differ in the tensors \['classifier\.weight', 'classifier\.weight:codes'"),
+        (
+            lambda p: {**p, "structures": {}},
+            r"differ in the tensors \['classifier\.weight', 'classifier\.weight:codes'",
+        ),
         (lambda p: {**p, "surgery": {}}, r"This is not a surgery"),
     ],
 )

@@ -15,18 +15,23 @@ from eke.compression.lessons import collect
 from eke.compression.recover import Recovery, recover_
 from eke.compression.task import forward
 from eke.sites import find
-from eke.structures import UniformGrid
+from eke.structures import NM, Both, Rows, UniformGrid, Unstructured
 
 from .nets import batches, same, state
 
 RECOVERY = Recovery(steps=12, batch_size=16, learning_rate=1e-2, grid_from=0.5)
+FRESH = (6,)
+"""Steps of it before which scales are searched anew: every ten from the first on grids, after half of the steps."""
 
 
 class Killed(Exception):
     """Stands for a kill."""
 
 
-def forms_for(model: nn.Module, *names: str, structure=UniformGrid(3)) -> dict:
+GRID = UniformGrid(3)
+
+
+def forms_for(model: nn.Module, *names: str, structure=GRID) -> dict:
     return {site.name: (site, structure) for site in find(model) if site.name in names}
 
 
@@ -45,9 +50,7 @@ def damaged(model: nn.Module) -> nn.Module:
     return student
 
 
-def recovered(
-    model, student, *, checkpoint=None, kill_after=None, recovery=RECOVERY, seed=3, forms=None, members=None
-):
+def recovered(model, student, *, checkpoint=None, kill_after=None, recovery=RECOVERY, seed=3, forms=None, members=None):
     def progress(step, loss):
         if step == kill_after:
             raise Killed
@@ -79,25 +82,29 @@ def test_a_killed_recovery_ends_bit_for_bit_where_it_would_have(taught, tmp_path
             recovered(taught, copy.deepcopy(start), checkpoint=tmp_path / "r.safetensors", kill_after=kill)
     rest = copy.deepcopy(start)
     losses = recovered(taught, rest, checkpoint=tmp_path / "r.safetensors")
-    # The step that was killed had not been written yet: the callback comes first.
-    assert len(losses) == 12 - (kills[-1] - 1)
+    # It is written where scales are searched anew; of the step that was killed not yet: the callback comes first.
+    assert len(losses) == 12 - max((step for step in FRESH if step < max(kills)), default=0)
     assert same(state(whole), state(rest))
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
 
 
-def test_checkpoints_are_written_no_more_often_than_every_ten_seconds(taught, tmp_path, monkeypatch):
-    impatient(monkeypatch, seconds=4)
-    written = []
-    write = recovery_module.write_tensors
-    monkeypatch.setattr(
-        recovery_module, "write_tensors", lambda path, *rest: (written.append(rest[1]["step"]), write(path, *rest))
-    )
-    recovered(taught, damaged(taught), checkpoint=tmp_path / "r.safetensors")
-    assert 2 <= len(written) <= 6
-    impatient(monkeypatch, seconds=0.1)
-    written.clear()
-    recovered(taught, damaged(taught), checkpoint=tmp_path / "s.safetensors")
-    assert written == []
+@pytest.mark.parametrize(("pace", "wanted"), [(0.1, 0), (0.6, 2), (1.1, 4), (30.0, 5)])
+def test_checkpoints_are_written_no_more_often_than_every_ten_seconds(taught, tmp_path, monkeypatch, pace, wanted):
+    clock, written = [0.0], []
+    monkeypatch.setattr(recovery_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(recovery_module, "write_tensors", lambda path, *rest: written.append((clock[0], rest)))
+    student = damaged(taught)
+
+    def progress(step, loss):
+        clock[0] = pace * step
+
+    recover_(
+        student, collect(taught, batches(96), forward=forward), Recovery(steps=50, batch_size=8, grid_from=0.5),
+        forms=forms_for(student, "conv2"), forward=forward, checkpoint=tmp_path / "r", progress=progress,
+    )  # fmt: skip
+    assert len(written) == wanted
+    assert all(later - earlier > 10 for (earlier, _), (later, _) in itertools.pairwise([(0.0, ()), *written]))
+    assert all((int(rest[1]["step"]) - 25) % recovery_module.REFRESH == 0 for _, rest in written)
 
 
 def test_recovery_brings_the_student_nearer_to_the_teacher(taught):
@@ -109,18 +116,154 @@ def test_weights_pass_through_their_grids_in_the_last_part(taught):
     student, seen = damaged(taught), []
 
     def watched(model, batch):
-        seen.append({
-            name: parametrize.is_parametrized(getattr(model, name)) for name in ("conv2", "classifier", "conv1")
-        })
-        if seen[-1]["conv2"]:
-            matrix = model.conv2.weight.detach().flatten(1)
-            assert torch.equal(matrix, UniformGrid(3).project(matrix))
+        seen.append({name: on(UniformGrid(3), getattr(model, name)) for name in ("conv2", "classifier", "conv1")})
         return forward(model, batch)
 
     lessons = collect(taught, batches(96), forward=forward)
     recover_(student, lessons, RECOVERY, forms=forms_for(student, "conv2", "classifier"), forward=watched)
     assert [s["conv2"] for s in seen] == [False] * 6 + [True] * 6
     assert all(s["classifier"] == s["conv2"] and not s["conv1"] for s in seen)
+
+
+def on(structure, module: nn.Module) -> bool:
+    """Whether a module's weight is a member, seen as a matrix."""
+    matrix = module.weight.detach().flatten(1)
+    return torch.equal(structure.project(matrix), matrix)
+
+
+class Signs:
+    """A structure from outside: every row is its largest magnitude times signs."""
+
+    exactness = "heuristic"
+
+    def __repr__(self) -> str:
+        return "Signs()"
+
+    def project(self, v, score=None):
+        return v.abs().amax(1, keepdim=True) * torch.where(v < 0, -1.0, 1.0).to(v)
+
+    def bits(self, shape):
+        return shape[0] * (shape[1] + 32)
+
+    def check(self, shape):
+        assert len(shape) == 2
+
+
+SUPPORTED = [Unstructured(0.4), NM(2, 4), Rows(0.5), Both(NM(1, 4), UniformGrid(4))]
+
+
+@pytest.mark.parametrize("structure", SUPPORTED, ids=repr)
+@pytest.mark.parametrize("given", [True, False])
+def test_the_support_never_changes(taught, structure, given):
+    student = damaged(taught)
+    members = {name: structure.project(torch.randn_like(m.read(student)))
+               for name, (m, _) in forms_for(student, "conv2", "classifier", structure=structure).items()}  # fmt: skip
+    start = {
+        name: structure.support(members[name] if given else student.get_submodule(name).weight.detach().flatten(1))
+        for name in members
+    }
+    seen = []
+
+    def watched(model, batch):
+        seen.append({name: model.get_submodule(name).weight.detach().flatten(1).clone() for name in members})
+        return forward(model, batch)
+
+    recover_(
+        student, collect(taught, batches(96), forward=forward), Recovery(steps=25, batch_size=16, grid_from=0.5),
+        forms=forms_for(student, *members, structure=structure), members=members if given else None, forward=watched,
+    )  # fmt: skip
+    seen.append({name: student.get_submodule(name).weight.detach().flatten(1) for name in members})
+    for name, support in start.items():
+        assert all((matrices[name][~support] == 0).all() for matrices in seen)
+        assert (seen[-1][name][support] != seen[0][name][support]).any()
+    if given:
+        # What recovery leaves is projected on the very support that it was given.
+        for name, support in start.items():
+            assert ((structure.project(seen[-1][name]) != 0) <= support).all()
+
+
+def test_a_structure_from_outside_is_met_from_the_first_step(taught):
+    student, seen = damaged(taught), []
+
+    def watched(model, batch):
+        seen.append([on(Signs(), model.conv2), on(Signs(), model.conv1)])
+        return forward(model, batch)
+
+    lessons = collect(taught, batches(96), forward=forward)
+    recover_(student, lessons, RECOVERY, forms=forms_for(student, "conv2", structure=Signs()), forward=watched)
+    assert seen == [[True, False]] * 12
+
+
+FORMED = [UniformGrid(3), UniformGrid(1), UniformGrid(2, group=5), *SUPPORTED, Signs()]
+LONG = Recovery(steps=23, batch_size=16, learning_rate=1e-2, grid_from=0.3)
+"""Scales are searched anew before the steps 6 and 16."""
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("structure", FORMED, ids=repr)
+def test_interrupted_anywhere_and_continued_is_uninterrupted(taught, tmp_path, monkeypatch, structure, given):
+    impatient(monkeypatch, seconds=11)
+    start = damaged(taught)
+    forms = forms_for(start, "conv2", "classifier", structure=structure)
+    members = {name: structure.project(site.read(start) + 0.1) for name, (site, _) in forms.items()} if given else None
+
+    def again(**options):
+        student = copy.deepcopy(start)
+        losses = recovered(
+            taught, student, recovery=LONG, members=members,
+            forms=lambda net: forms_for(net, "conv2", "classifier", structure=structure), **options,
+        )  # fmt: skip
+        return student, losses
+
+    whole, losses = again()
+    assert len(losses) == 23
+    generator = torch.Generator().manual_seed(len(repr(structure)))
+    for attempt in range(2):
+        path = tmp_path / f"{attempt}.safetensors"
+        kills = torch.randint(1, 24, (2,), generator=generator).tolist()
+        kept = 0
+        for kill in kills:
+            if kill <= kept:
+                continue
+            with pytest.raises(Killed):
+                again(checkpoint=path, kill_after=kill)
+            kept = max([kept, *(step for step in (6, 16) if step < kill)])
+        rest, losses_left = again(checkpoint=path)
+        assert losses_left == losses[kept:]
+        assert same(state(whole), state(rest)), kills
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution, whose stored tensor is not its matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.ConvTranspose2d(3, 6, 2, stride=2), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.up(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("structure", [UniformGrid(2), Unstructured(0.5), Both(Unstructured(0.5), UniformGrid(3))])
+def test_matrices_of_transposed_convolutions_are_formed_as_they_are_stored(structure):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Upsampled().eval()
+    student, seen = copy.deepcopy(model), []
+    site = next(site for site in find(student) if site.name == "up")
+
+    def watched(net, batch):
+        seen.append(site_matrix(net.up.weight))
+        return forward(net, batch)
+
+    lessons = collect(model, batches(96), forward=forward)
+    recover_(student, lessons, RECOVERY, forms={"up": (site, structure)}, forward=watched)
+    torch.testing.assert_close(structure.project(seen[-1]), seen[-1], rtol=1e-6, atol=1e-7)
+
+
+def site_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Rows are outputs: (in, out, height, width) becomes (out, in * height * width)."""
+    return weight.detach().transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize("kill", [None, 3, 9])
