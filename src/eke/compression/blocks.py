@@ -8,7 +8,8 @@ sample by sample, and
     predicted loss = E[u] + 1/2 E[u^2],
 
 the slope and the curvature along dy, without any approximation by factors. The kind that is predicted to cost less is
-proposed, if the model still runs with it.
+proposed. A block is none where the model does not run without it, or where channels can be cut on one side of it alone:
+its input could then not stand for its output.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from .._types import Batch, Loss
 from ..curvature import Recorder
-from ..sites import Site
+from ..sites import ChannelGroup, Site
 from .candidates import FLOOR, Block, BlockKind
 from .task import evaluating
 
@@ -54,13 +55,16 @@ def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
     setattr(model.get_submodule(parent), attribute, kinds[kind]().train(old.training))
 
 
-def removable(model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module], Any]) -> list[str]:
+def removable(
+    model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module], Any], *, groups: Sequence[ChannelGroup] = ()
+) -> list[str]:
     """Return the names of the blocks that may be left out, in the order of the model.
 
     Args:
         model: Any module; not changed.
         sites: Its matrices that may be changed.
         call: Runs the model once and returns its outputs.
+        groups: Its channels that may be cut.
 
     Returns:
         Names of modules.
@@ -71,7 +75,19 @@ def removable(model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module
     several = [name for name, inside in holding.items() if len(inside) >= 2]
     innermost = [name for name in several if not any(other.startswith(f"{name}.") for other in several)]
     whole = [n for n in innermost if len(holding[n]) == sum(1 for _ in _matrices(model.get_submodule(n)))]
-    seen: dict[str, list[bool]] = {name: [] for name in whole}
+    names = [name for name in _keep_shape(model, whole, call) if _runs_without(model, name, call)]
+    for group in groups:
+        if not names:
+            break
+        cut = copy.deepcopy(model)
+        group.cut(range(1, group.size)).apply_(cut)
+        names = _keep_shape(cut, names, call)
+    return names
+
+
+def _keep_shape(model: nn.Module, names: Sequence[str], call: Callable[[nn.Module], Any]) -> list[str]:
+    """Return those of the modules that are called once and map one tensor to one of its shape and dtype."""
+    seen: dict[str, list[bool]] = {name: [] for name in names}
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
@@ -80,7 +96,7 @@ def removable(model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(after(name)) for name in whole]
+    handles = [model.get_submodule(name).register_forward_hook(after(name)) for name in names]
     try:
         with evaluating(model):
             call(model)
@@ -88,6 +104,17 @@ def removable(model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module
         for handle in handles:
             handle.remove()
     return [name for name, fits in seen.items() if fits == [True]]
+
+
+def _runs_without(model: nn.Module, name: str, call: Callable[[nn.Module], Any]) -> bool:
+    trial = copy.deepcopy(model)
+    leave_out_(trial, name, "identity")
+    try:
+        with evaluating(trial):
+            call(trial)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _matrices(module: nn.Module) -> Iterable[Tensor]:
@@ -118,20 +145,24 @@ def block_candidates(
         for index, batch in enumerate(batches):
             calls, samples = recorder.run(loss, batch, index)
             for name in names:
-                (found,) = calls[name]
-                with torch.no_grad():
-                    output = private.get_submodule(name).forward(found.x)
-                    for kind, change in (("identity", found.x - output), ("zero", -output)):
-                        u = (samples * found.gradient * change).double().flatten(1).sum(1)
-                        along[name][kind].append(u)  # type: ignore[index]
+                slopes: dict[BlockKind, list[Tensor]] = {"identity": [], "zero": []}
+                for found in calls[name]:
+                    with torch.no_grad():
+                        output = private.get_submodule(name).forward(found.x)
+                    slope = (samples * found.gradient).double()
+                    slopes["identity"].append((slope * (found.x - output)).flatten(1).sum(1))
+                    slopes["zero"].append((slope * -output).flatten(1).sum(1))
+                # Several calls of a batch are of the same samples.
+                for kind, parts in slopes.items():
+                    along[name][kind].append(torch.stack(parts).sum(0))
             seen += samples
             if seen >= max_samples:
                 break
     blocks = []
     for name, kinds in along.items():
         costs = {kind: _predicted(torch.cat(parts)) for kind, parts in kinds.items()}
-        kind = min(costs, key=lambda k: costs[k])
-        blocks.append(Block(name, kind, costs[kind]))
+        best = min(costs, key=lambda kind: costs[kind])
+        blocks.append(Block(name, best, costs[best]))
     return blocks
 
 

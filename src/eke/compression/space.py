@@ -142,7 +142,7 @@ def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], c
         job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call)
     )
     job.progress("candidates", 0.8, "blocks that may be left out")
-    blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call))
+    blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call, groups=groups))
     return Decisions(tuple(widths), tuple(forms), tuple(blocks))
 
 
@@ -205,9 +205,8 @@ def _calibrated(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
     if known is None:
         found = calibrate(
             decisions,
-            Meter(job),
+            Meter(job, seconds=0.3 * job.seconds),
             lambda picks: _draft(job.model, decisions, picks, sites, curvature, job.solver, Layout()),
-            seconds=5 * job.seconds,
             seed=job.seed,
             progress=lambda share, text: job.progress("calibration", share, text),
         )
