@@ -36,9 +36,9 @@ from eke.compression.calibrate import Random, families_of
 from eke.compression.candidates import _without, readers, replaced
 from eke.compression.checkpoint import Run
 from eke.compression.measure import runner
+from eke.compression.overview import Survey, survey
 from eke.compression.plan import Term, total
 from eke.compression.rounds import attempts, plan_within
-from eke.compression.overview import Survey, survey
 from eke.compression.tables import choices
 from eke.compression.task import evaluating
 

@@ -141,7 +141,7 @@ def planned(
             """Return the stitched model."""
             return stitched(model, sites, members, self.picks)
 
-    calibration: Calibration = calibrate(decisions, Meter(job), Draft, seconds=1e9, plans=0)  # type: ignore[arg-type]
+    calibration: Calibration = calibrate(decisions, Meter(job), Draft, plans=0)  # type: ignore[arg-type]
     corrected = calibration.corrected(decisions)
     plans = []
     for limit in limits:

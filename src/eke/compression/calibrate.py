@@ -4,8 +4,9 @@ The quadratic form is right for small changes and the average direction; strong 
 sites are worse than their factors tell, and changes of several sites do not simply add. So some options are carried out
 and their loss increase is measured on calibration samples: of every decision one or two of each family (widths,
 grids, supports, ranks, blocks). Between and beyond these anchors a prediction is multiplied by measured/predicted,
-interpolated in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them:
-monotone, so it changes what is reported, not which plan is best.
+interpolated in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them
+(beyond them measured / sum stays as it is at their ends): monotone, so it changes what is reported, not which plan is
+best.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from .job import Job
 from .task import evaluating
 
 SAMPLES = 512
-"""Calibration samples on which a loss increase is measured."""
+"""Most calibration samples on which a loss increase is measured."""
+
+ANCHORS = 64
+"""Most options that are carried out alone."""
+
+PLANS = 8
+"""Random plans that are carried out whole."""
 
 _MOST = math.log(20.0)
 """Largest correction of a prediction, as a logarithm."""
@@ -41,17 +48,21 @@ class Meter:
     Args:
         job: What was asked.
         samples: Samples after which no further batch is taken.
+        seconds: Time of one evaluation after which no further batch is taken.
     """
 
-    def __init__(self, job: Job, *, samples: int = SAMPLES) -> None:
+    def __init__(self, job: Job, *, samples: int = SAMPLES, seconds: float = math.inf) -> None:
         self._loss, self._batches = job.loss, list[Batch]()
-        seen = 0
-        for batch in job.batches:
-            self._batches.append(batch)
-            seen += count_samples(batch)
-            if seen >= samples:
-                break
-        self._base = self._losses(job.model)
+        start, seen = time.monotonic(), 0
+        base: list[float] = []
+        with evaluating(job.model):
+            for batch in job.batches:
+                self._batches.append(batch)
+                base.append(float(self._loss(job.model, batch)))
+                seen += count_samples(batch)
+                if seen >= samples or time.monotonic() - start > seconds:
+                    break
+        self._base = torch.tensor(base, dtype=torch.float64)
 
     def __call__(self, net: nn.Module) -> tuple[float, float]:
         """Return the loss increase of a net, and its standard error over batches."""
@@ -111,7 +122,11 @@ class Calibration:
 
     def whole(self, loss: float) -> float:
         """Return the loss predicted for a whole plan whose corrected predictions sum to `loss`."""
-        return self.scale * loss**self.gamma if loss > 0 else 0.0
+        if loss <= 0 or not self.plans:
+            return max(0.0, loss)
+        sums = [total for total, _ in self.plans]
+        inside = min(max(loss, min(sums)), max(sums))
+        return float(loss * self.scale * inside ** (self.gamma - 1))
 
     def corrected(self, decisions: Decisions) -> Decisions:
         """Return the decisions with corrected losses."""
@@ -229,8 +244,7 @@ def calibrate(
     meter: Meter,
     carry_out: Callable[[Mapping[str, int]], Draft],
     *,
-    seconds: float,
-    plans: int = 8,
+    plans: int = PLANS,
     seed: int = 0,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Calibration:
@@ -240,20 +254,16 @@ def calibrate(
         decisions: The candidates, with the losses that the curvature predicts.
         meter: Measures loss increases.
         carry_out: Makes the model of a plan.
-        seconds: Time after which no further option is carried out; a third of it is for whole plans.
-        plans: Most whole plans.
+        plans: Whole plans.
         seed: Of the random plans.
         progress: Called with the share that is done.
 
     Returns:
         The calibration.
     """
-    start = time.monotonic()
     anchors: list[Anchor] = []
-    options = anchor_options(decisions)
+    options = anchor_options(decisions)[:ANCHORS]
     for number, (choice, option) in enumerate(options):
-        if time.monotonic() - start > seconds * 2 / 3:
-            break
         progress(0.7 * number / len(options), f"{choice}, option {option}, alone")
         measured, error = meter(carry_out({choice: option}).finished())
         name = families_of(decisions, choice)[option]
@@ -263,8 +273,6 @@ def calibrate(
     drawn = Random(corrected, seed)
     pairs: list[tuple[float, float]] = []
     for number in range(plans):
-        if time.monotonic() - start > seconds:
-            break
         progress(0.7 + 0.3 * number / plans, f"random plan {number + 1}")
         picks = drawn.draw()
         measured, error = meter(carry_out(picks).finished())
