@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from ..sites import find
 from ..structures import LowRank
 from .artifact import stored_bits
 from .candidates import Block, Decisions, Forms, Widths, fitting
@@ -260,10 +261,11 @@ def size_terms(model: nn.Module, dimensions: Shapes, counter: Counter, *, folded
     """
     norms = {norm for _, norm in folded}
     new_biases = {f"{layer}.bias": f"{norm}.running_mean" for layer, norm in folded}
+    tied = {other for site in find(model) for other in site.tied}
     terms = []
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
-        if module in norms or name in new_biases:
+        if module in norms or name in new_biases or name in tied:
             continue
         form = counter.forms.get(name)
         if form is not None:
