@@ -24,7 +24,7 @@ from eke.compression.plan import total
 from eke.sites import channel_groups, find
 from eke.structures import NM, Both, LowRank, Rows, UniformGrid, Unstructured
 
-from .nets import samples, trained
+from .nets import Blocky, samples, trained
 
 STRUCTURES = (
     LowRank(0.75), UniformGrid(8), Both(Unstructured(0.5), UniformGrid(4)), NM(2, 4), UniformGrid(3, group=5),
@@ -45,31 +45,6 @@ class Joined(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         both = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
         return self.head(torch.relu(self.mixed(both)).flatten(1))
-
-
-class Unit(nn.Module):
-    """A residual block: two normalised convolutions and a shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.one, self.norm1 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), nn.BatchNorm2d(2 * width)
-        self.two, self.norm2 = nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.norm2(self.two(torch.relu(self.norm1(self.one(x))))))
-
-
-class Blocky(nn.Module):
-    """Two residual blocks between a strided stem and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.first, self.second, self.head = Unit(16), Unit(16), nn.Linear(16, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(self.first(torch.relu(self.norm(self.stem(x)))))
-        return self.head(x.mean((2, 3)))
 
 
 class Mixed(nn.Module):
