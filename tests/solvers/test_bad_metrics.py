@@ -144,6 +144,8 @@ def test_an_indefinite_metric_is_refused(structure):
     a[0, 1] = a[1, 0] = 2.0
     with pytest.raises(ValueError, match=r"inputs \(8 x 8\) is not positive definite, seen at column 2"):
         reconstruct(structure, matrix(), Metric(a))
+    with pytest.raises(ValueError, match=r"gradients \(8 x 8\) is not positive definite, seen at column 2"):
+        reconstruct(structure, matrix(8), Metric(of_rank(12), a))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -128,7 +128,7 @@ def damped_cholesky(matrix: Tensor, damping: float, *, what: str = "The second m
     """Return the lower Cholesky factor of a damped second moment.
 
     Rounding leaves a moment of few samples, or one in float32, slightly indefinite. So a positive damping that is not
-    enough is raised tenfold until it is, up to 1e-2; what is still not positive definite is no second moment.
+    enough is raised tenfold until it is, up to about 1e-2; what is still not positive definite is no second moment.
 
     Args:
         matrix: (n, n), symmetric.
@@ -141,7 +141,7 @@ def damped_cholesky(matrix: Tensor, damping: float, *, what: str = "The second m
     Raises:
         ValueError: if damping is negative or no damping that is tried suffices.
     """  # noqa: DOC502
-    while 0 < damping < 1e-3 and int(torch.linalg.cholesky_ex(damped(matrix, damping)).info):
+    while 0 < damping < 5e-3 and int(torch.linalg.cholesky_ex(damped(matrix, damping)).info):
         damping *= 10
     return cholesky(damped(matrix, damping), what=what)
 
