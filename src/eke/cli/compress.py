@@ -83,7 +83,7 @@ def compress(
 
     Exit codes: 0 the budget is met and that was verified; 3 verified, but the budget is not met; 1 an error, or the
     verification failed; 2 the command is wrong; 130 interrupted (continue with --resume).
-    """  # noqa: DOC501
+    """
     limits = {
         "max_drop": max_drop, "latency": latency, "size": size, "macs": macs, "parameters": parameters,
         "peak_memory": peak_memory,
@@ -104,21 +104,29 @@ def compress(
             check_front(front, out, resume=resume)
         if front is not None:
             documents = _front(_complete(wanted), out, front, nested=nested, base=base)
-            _leave_front(documents, out, as_json=as_json)
-        check_folder(out, resume=resume)
-        try:
-            document = _finished(out, wanted) if resume else None
-            if resume and document is None and not _unfinished(out):
-                typer.echo(f"nothing to continue in {out}: starting", err=True)
-            document = document or _run(wanted, out, resume=resume, base=base)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted; continue with: {recipes.command(wanted, out, resume=True)}") from None
+        else:
+            documents = [_continued(wanted, out, resume=resume, base=base)]
+    if front is not None:
+        _leave_front(documents, out, as_json=as_json)
+    document = documents[0]
     if as_json:
         emit(json.loads(document.to_json()))
     else:
         draw(document, notes=True)
         typer.echo(str(out / "report.html"))
     leave(FAILED if not document.verdict.verified else NOT_MET if document.verdict.met is False else MET)
+
+
+def _continued(wanted: Recipe, out: pathlib.Path, *, resume: bool, base: pathlib.Path | None) -> Document:
+    """Return the report of a new, continued or finished run."""  # noqa: DOC501
+    check_folder(out, resume=resume)
+    try:
+        document = _finished(out, wanted) if resume else None
+        if resume and document is None and not _unfinished(out):
+            typer.echo(f"nothing to continue in {out}: starting", err=True)
+        return document or _run(wanted, out, resume=resume, base=base)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; continue with: {recipes.command(wanted, out, resume=True)}") from None
 
 
 def check_front(count: int | None, folder: pathlib.Path, *, resume: bool) -> None:
