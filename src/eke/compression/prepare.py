@@ -112,7 +112,7 @@ def prepare(
 
 
 def _checked_structures(structures: Sequence[Structure]) -> tuple[Structure, ...]:
-    wrong = [s for s in structures if not isinstance(s, Structure)]
+    wrong = [s for s in structures if isinstance(s, type) or not isinstance(s, Structure)]
     if wrong:
         raise TypeError(
             f"structures must have project, bits, check and exactness, got {wrong[0]!r} of {type(wrong[0]).__name__}."
