@@ -105,8 +105,8 @@ def predictors(found: Survey, delta: dict[str, torch.Tensor]) -> dict[str, float
         sums["diagonal"] += 0.5 * float((plain.diagonal.double() * d.square()).sum())
         sums["K-FAC"] += plain.quadratic(d)
         sums["EKFAC"] += factors.quadratic(d)
-        sums["EKFAC and slope"] += factors.quadratic(d) + factors.linear(d)
-    sums["EKFAC and slope"] = max(sums["EKFAC and slope"], 0.1 * sums["EKFAC"])
+        sums["EKFAC and slope"] += factors.linear(d)
+    sums["EKFAC and slope"] = sums["EKFAC"] + max(0.0, sums["EKFAC and slope"])
     return sums
 
 

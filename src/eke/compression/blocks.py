@@ -5,7 +5,7 @@ shape. Left out, it passes its input on, or gives zero (a branch whose shortcut 
 dy = x - y or dy = -y. With g the gradient of a sample's own loss there, u = sum over locations of <g, dy> is measured
 sample by sample, and
 
-    predicted loss = E[u] + 1/2 E[u^2],
+    predicted loss = max(0, E[u]) + 1/2 E[u^2],
 
 the slope and the curvature along dy, without any approximation by factors. The kind that is predicted to cost less is
 proposed. A block is none where the model does not run without it, or where channels can be cut on one side of it alone:
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .._types import Batch, Loss
 from ..curvature import Recorder
 from ..sites import ChannelGroup, Site
-from .candidates import FLOOR, Block, BlockKind
+from .candidates import Block, BlockKind
 from .task import evaluating
 
 
@@ -168,4 +168,4 @@ def block_candidates(
 
 def _predicted(u: Tensor) -> float:
     quadratic = 0.5 * float(u.square().mean())
-    return max(quadratic + float(u.mean()), FLOOR * quadratic)
+    return quadratic + max(0.0, float(u.mean()))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from .._types import Batch
@@ -35,7 +36,7 @@ SAMPLES = 512
 ANCHORS = 64
 """Most options that are carried out alone."""
 
-PLANS = 8
+PLANS = 10
 """Random plans that are carried out whole."""
 
 _MOST = math.log(20.0)
@@ -222,14 +223,14 @@ class Random:
         """Return a random order of so many things."""
         return [int(i) for i in self._generator.permutation(count)]
 
-    def draw(self) -> dict[str, int]:
-        """Return the options of a random plan."""
+    def draw(self, strength: float | None = None) -> dict[str, int]:
+        """Return the options of a random plan, of a strength from 0 (weak) to 1; None draws it too."""
         losses = self.decisions.losses
         positive = sorted(value for found in losses.values() for value in found if value > 0)
         if not positive:
             return dict.fromkeys(losses, 0)
         low, high = (math.log(positive[int(q * (len(positive) - 1))]) for q in (0.1, 0.8))
-        level = self._generator.uniform(low, high)
+        level = low + (high - low) * (self._generator.random() if strength is None else strength)
         picks = {}
         for choice, found in losses.items():
             limit = math.exp(level + self._generator.normal())
@@ -272,14 +273,17 @@ def calibrate(
     corrected = found.corrected(decisions)
     drawn = Random(corrected, seed)
     pairs: list[tuple[float, float]] = []
+    weights: list[float] = []
     for number in range(plans):
         progress(0.7 + 0.3 * number / plans, f"random plan {number + 1}")
-        picks = drawn.draw()
+        picks = drawn.draw((number + 0.5) / plans)
         measured, error = meter(carry_out(picks).finished())
         total = plan_loss(corrected, picks)
-        if total > 0 and measured > 2 * error:
-            pairs.append((total, measured))
-    scale, gamma = power_law(pairs)
+        if total > 0:
+            # What noise hides is taken as its error, with little weight.
+            pairs.append((total, max(measured, error, 1e-12)))
+            weights.append(1 / (0.15 + (error / pairs[-1][1]) ** 2))
+    scale, gamma = power_law(pairs, weights)
     return Calibration(tuple(anchors), tuple(pairs), scale, gamma)
 
 
@@ -291,11 +295,12 @@ def plan_loss(decisions: Decisions, picks: Mapping[str, int]) -> float:
     return sum(losses[choice][option] for choice, option in picks.items() if choice not in held)
 
 
-def power_law(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def power_law(pairs: Sequence[tuple[float, float]], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """Fit measured = scale * sum**gamma by least squares of logarithms.
 
     Args:
         pairs: (sum, measured), positive.
+        weights: Of the pairs, None for the same.
 
     Returns:
         scale and gamma; gamma is kept within 0.3 and 1.5, and is 1 for fewer than four pairs.
@@ -303,7 +308,16 @@ def power_law(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if not pairs:
         return 1.0, 1.0
     x, y = (np.log([pair[i] for pair in pairs]) for i in (0, 1))
+    share = np.ones(len(pairs)) if weights is None else np.asarray(weights)
     gamma = 1.0
     if len(pairs) >= 4 and float(x.std()) > 0.3:
-        gamma = float(np.clip(np.polyfit(x, y, 1)[0], 0.3, 1.5))
-    return float(math.exp(np.median(y - gamma * x))), gamma
+        gamma = float(np.clip(np.polyfit(x, y, 1, w=np.sqrt(share))[0], 0.3, 1.5))
+    return float(math.exp(_weighted_median(y - gamma * x, share))), gamma
+
+
+def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """Return the value that has half of the weight on either side; between two, their mean."""
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) / weights.sum()
+    low, high = (int(np.searchsorted(below, 0.5 + shift)) for shift in (-1e-9, 1e-9))
+    return float(values[order[low]] + values[order[min(high, len(values) - 1)]]) / 2

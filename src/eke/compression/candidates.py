@@ -38,9 +38,6 @@ STRUCTURES: tuple[Structure, ...] = (
 Solver = Callable[[Structure, Tensor, Metric], Tensor]
 """`solver(structure, weight, metric)`: a member of the structure (m, n) near the weight in the metric."""
 
-FLOOR = 0.1
-"""Least share of the quadratic term that a falling slope leaves of a predicted loss."""
-
 
 @dataclass(frozen=True)
 class Widths:
@@ -217,11 +214,11 @@ def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: S
 def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> float:
     """Return the predicted loss of changes of matrices, by site name.
 
-    The slope is that of the data seen; where it promises more than the quadratic term costs, a tenth of that stays.
+    The slope is that of the data seen; where it falls it is left out: on other data it mostly does not.
     """
     quadratic = sum(max(0.0, curvature.quadratic(name, delta)) for name, delta in changes.items())
     slope = sum(curvature.linear(name, delta) for name, delta in changes.items())
-    return max(quadratic + slope, FLOOR * quadratic)
+    return quadratic + max(0.0, slope)
 
 
 def kept_counts(size: int, *, multiple: int = 8, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
