@@ -15,11 +15,20 @@ import pytest
 import torch
 from torch import nn
 
-from eke.compression.artifact import PLAN, WEIGHTS, Blueprint, load, read_plan, save
+from eke.compression.artifact import (
+    PLAN,
+    WEIGHTS,
+    Blueprint,
+    load,
+    read_plan,
+    save,
+    structure_from_json,
+    structure_to_json,
+)
 from eke.compression.checkpoint import read_tensors, sha256, write_tensors
 from eke.compression.deploy import foldable
 from eke.sites import Surgery, channel_groups, find
-from eke.structures import UniformGrid
+from eke.structures import NM, Both, LowRank, Rows, UniformGrid, Unstructured
 
 from .nets import Tiny, outputs, same, samples, state
 
@@ -74,6 +83,69 @@ def test_loading_leaves_the_given_model_as_it_was(artifact):
 def test_the_blueprint_survives_json(taught):
     _, blueprint = compressed(taught)
     assert Blueprint.from_json(json.loads(json.dumps(blueprint.to_json()))) == blueprint
+
+
+EVERY = [
+    UniformGrid(4), UniformGrid(3, group=7), Unstructured(0.25), NM(2, 4), Rows(0.5), Both(NM(2, 4), UniformGrid(4)),
+    Both(Rows(0.25), UniformGrid(2, group=3)), LowRank(3), LowRank(0.5, UniformGrid(6)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("structure", EVERY, ids=repr)
+def test_every_structure_survives_json(structure):
+    assert structure_from_json(json.loads(json.dumps(structure_to_json(structure)))) == structure
+
+
+def test_an_unknown_structure_is_refused():
+    with pytest.raises(
+        ValueError, match=r"The plan names the structure 'Circulant'; this version of eke knows \['Both', "
+    ):
+        structure_from_json({"kind": "Circulant"})
+
+
+@pytest.mark.parametrize("structure", EVERY[:-2], ids=repr)
+def test_every_structure_is_stored_in_the_bytes_that_it_says_and_loaded_bit_for_bit(taught, tmp_path, structure):
+    small = copy.deepcopy(taught)
+    for site in find(small):
+        if site.name in ("conv2", "classifier"):
+            site.write_(small, structure.project(site.read(small)))
+    blueprint = Blueprint(Surgery(), (), "contiguous", dict.fromkeys(("conv2", "classifier"), structure))
+    save(tmp_path, small, blueprint)
+    tensors, _ = read_tensors(tmp_path / WEIGHTS)
+    for site in find(small):
+        if site.name in blueprint.structures:
+            parts = [t for key, t in tensors.items() if key.startswith(f"{site.parameter_name}:")]
+            assert 8 * sum(t.numel() * t.element_size() for t in parts) == structure.bits(site.shape)
+    loaded = load(tmp_path, Tiny())
+    assert same(state(loaded), state(small))
+    assert torch.equal(outputs(loaded), outputs(small))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (UniformGrid(3), r"\d+ codes of 3 bits take \d+ bytes, got \d+"),
+        (UniformGrid(8), r"\d+ codes of 8 bits take \d+ bytes, got \d+"),
+        (UniformGrid(4, group=5), r"decode of a matrix \(.*\) needs scales \(.*\), got \(.*\)"),
+        (
+            Unstructured(0.5),
+            r"stores \['codes', 'scales'\] of 'conv2', which Unstructured\(density=0\.5\) does not decode without "
+            r"'values': restore the plan or compress again",
+        ),
+        (
+            Both(NM(2, 4), UniformGrid(4)),
+            r"stores \['codes', 'scales'\] of 'conv2', .* does not decode without 'support'",
+        ),
+    ],
+    ids=repr,
+)
+def test_a_plan_that_names_another_structure_than_was_stored_is_refused(artifact, other, message):
+    folder, _ = artifact
+    plan = json.loads((folder / PLAN).read_text())
+    plan["structures"]["conv2"] = structure_to_json(other)
+    (folder / PLAN).write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=message):
+        load(folder, Tiny())
 
 
 def test_packed_weights_are_smaller_by_their_bits(artifact, taught):
@@ -222,6 +294,19 @@ def test_a_missing_file_is_named(artifact, name):
             r"differ in the tensors \['classifier\.weight', 'classifier\.weight:codes'",
         ),
         (lambda p: {**p, "surgery": {}}, r"This is not a surgery"),
+        (
+            lambda p: {**p, "removed": {"absent": "zero"}},
+            r"Cannot leave out 'absent' as 'zero': build the architecture",
+        ),
+        (lambda p: {**p, "removed": {"conv1": "half"}}, r"Cannot leave out 'conv1' as 'half': build the architecture"),
+        (
+            lambda p: {**p, "factored": {"absent": 2}},
+            r"The plan factors \['absent'\], which this model lacks: build the",
+        ),
+        (
+            lambda p: {**p, "structures": {"conv2": {"kind": "outside", "text": "Mine()"}}},
+            r"The plan uses the structure 'Mine\(\)', which is not eke's own: pass it",
+        ),
     ],
 )
 def test_a_changed_plan_is_refused(artifact, change, message):

@@ -259,7 +259,13 @@ def unpack_(model: nn.Module, tensors: Mapping[str, Tensor], structures: Mapping
         for name, structure in structures.items():
             site = sites[name]
             stored = {key.rpartition(":")[2]: tensors[key] for key in parts[site.parameter_name]}
-            matrix = structure.decode(stored, site.shape) if isinstance(structure, Packable) else stored["values"]
+            try:
+                matrix = structure.decode(stored, site.shape) if isinstance(structure, Packable) else stored["values"]
+            except KeyError as error:
+                raise ValueError(
+                    f"The artifact stores {sorted(stored)} of {name!r}, which {structure} does not decode without "
+                    f"{error}: restore the plan or compress again."
+                ) from error
             site.write_(model, matrix)
 
 
