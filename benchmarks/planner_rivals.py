@@ -122,11 +122,12 @@ def planned(
     forms = []
     for site in sites:
         weight = members[site.name][0].double()
-        losses = [0.0] + [
+        parts = [(0.0, 0.0)] + [
             predicted(curvature, {site.name: members[site.name][o].double() - weight})
             for o in range(1, len(options[site.name]))
         ]
-        forms.append(Forms(site, tuple(options[site.name]), tuple(losses)))
+        losses, rises = tuple(q + r for q, r in parts), tuple(r for _, r in parts)
+        forms.append(Forms(site, tuple(options[site.name]), losses, rises))
     decisions = Decisions(forms=tuple(forms))
     batches = list(zip(data[0].split(64), data[1].split(64)))
     job = prepare(model, batches, loss=cross_entropy, budget=Budget(size="0.5x")).job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -22,9 +23,11 @@ from eke.compression.calibrate import (
     Meter,
     Random,
     anchor_options,
+    best_level,
     calibrate,
     families_of,
     family,
+    levelled,
     plan_loss,
     power_law,
 )
@@ -175,7 +178,7 @@ def test_no_measurements_correct_nothing():
 
 
 def test_a_whole_plan_follows_the_power_law_within_the_measured_ones():
-    calibration = Calibration((), ((0.01, 0.2), (1.0, 2.0)), scale=2.0, gamma=0.5)
+    calibration = Calibration((), 1.0, ((0.01, 0.2), (1.0, 2.0)), scale=2.0, gamma=0.5)
     assert calibration.whole(0.25) == pytest.approx(1.0)
     assert calibration.whole(0.0) == calibration.whole(-1.0) == 0.0
     # Beyond them measured / predicted stays as it is at their ends.
@@ -267,13 +270,13 @@ def test_measured_increases_are_those_of_the_changed_net_alone(world):
         else:
             net = carry_out({anchor.choice: anchor.option}).net
         mean, error = increase(net, model, data)
-        assert anchor.predicted == decisions.losses[anchor.choice][anchor.option]
+        assert anchor.predicted == levelled(decisions, found.level)[anchor.choice][anchor.option]
         # Two factors round otherwise than their product.
         assert anchor.measured == pytest.approx(mean, abs=2e-6)
         assert anchor.error == pytest.approx(error, abs=2e-6)
         assert anchor.family == families_of(decisions, anchor.choice)[anchor.option]
     # Whole plans: the very draws that the seed gives, measured as they are.
-    corrected = Calibration(found.anchors).corrected(decisions)
+    corrected = Calibration(found.anchors, found.level).corrected(decisions)
     drawn = Random(corrected, 1)
     wanted = []
     for number in range(5):
@@ -326,5 +329,35 @@ def test_a_meter_takes_only_as_many_samples_as_asked(world):
 
 def test_calibrations_survive_json_bit_for_bit():
     anchors = (Anchor("matrix:a", 2, "grid", 0.1, 1 / 3, 1e-17), Anchor("block:b", 1, "block", 2.0, -0.25))
-    calibration = Calibration(anchors, ((0.1, 0.2), (1 / 7, 3.0)), 1.0000000001, 0.7)
+    calibration = Calibration(anchors, 1 / 3, ((0.1, 0.2), (1 / 7, 3.0)), 1.0000000001, 0.7)
     assert Calibration.from_json(json.loads(json.dumps(calibration.to_json()))) == calibration
+
+
+def rising(choice: str, quadratics, rises) -> Decisions:
+    site = find(torch.nn.Linear(4, 4))[0]
+    site = dataclasses.replace(site, name=choice)
+    grids = (None, *(UniformGrid(bits) for bits in range(8, 8 - len(quadratics), -1)))
+    losses = (0.0, *(q + r for q, r in zip(quadratics, rises)))
+    return Decisions(forms=(Forms(site, grids, losses, (0.0, *rises)),))
+
+
+def test_the_level_multiplies_quadratic_terms_alone():
+    decisions = rising("a", (0.01, 0.02), (0.005, 0.0))
+    assert levelled(decisions, 4.0)["matrix:a"] == pytest.approx([0.0, 0.045, 0.08])
+    assert levelled(decisions, 1.0)["matrix:a"] == pytest.approx([0.0, 0.015, 0.02])
+
+
+def test_the_level_is_found_where_the_law_is_exact_and_outliers_do_not_move_it():
+    quadratics, rises = (0.001, 0.002, 0.004, 0.01, 0.02), (0.0, 0.001, 0.0, 0.003, 0.0)
+    decisions = rising("a", quadratics, rises)
+    anchors = [Anchor("matrix:a", i + 1, "grid", q + r, 4 * q + r) for i, (q, r) in enumerate(zip(quadratics, rises))]
+    assert best_level(anchors, decisions.rises) == pytest.approx(4.0, rel=0.05)
+    spoiled = [*anchors[:-1], dataclasses.replace(anchors[-1], measured=50.0)]
+    assert best_level(spoiled, decisions.rises) == pytest.approx(4.0, rel=0.05)
+
+
+def test_the_level_is_one_where_little_is_clear_of_noise():
+    decisions = rising("a", (0.001, 0.002, 0.004, 0.01), (0.0,) * 4)
+    noisy = [Anchor("matrix:a", i, "grid", 0.01, 0.01, error=0.006) for i in range(1, 5)]
+    assert best_level(noisy, decisions.rises) == 1.0
+    assert best_level([], {}) == 1.0

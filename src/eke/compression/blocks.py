@@ -161,11 +161,10 @@ def block_candidates(
     blocks = []
     for name, kinds in along.items():
         costs = {kind: _predicted(torch.cat(parts)) for kind, parts in kinds.items()}
-        best = min(costs, key=lambda kind: costs[kind])
-        blocks.append(Block(name, best, costs[best]))
+        best = min(costs, key=lambda kind: sum(costs[kind]))
+        blocks.append(Block(name, best, sum(costs[best]), costs[best][1]))
     return blocks
 
 
-def _predicted(u: Tensor) -> float:
-    quadratic = 0.5 * float(u.square().mean())
-    return quadratic + max(0.0, float(u.mean()))
+def _predicted(u: Tensor) -> tuple[float, float]:
+    return 0.5 * float(u.square().mean()), max(0.0, float(u.mean()))

@@ -3,10 +3,11 @@
 The quadratic form is right for small changes and the average direction; strong changes cost more than it says, some
 sites are worse than their factors tell, and changes of several sites do not simply add. So some options are carried out
 and their loss increase is measured on calibration samples: of every decision one or two of each family (widths,
-grids, supports, ranks, blocks). Between and beyond these anchors a prediction is multiplied by measured/predicted,
-interpolated in log-log. Then some random plans are carried out whole, and measured = c * sum**gamma is fitted to them
-(beyond them measured / sum stays as it is at their ends): monotone, so it changes what is reported, not which plan is
-best.
+grids, supports, ranks, blocks). One factor for all quadratic terms brings predictions to their level (the second moment
+of the labels' gradients is not the Hessian). Between and beyond these anchors a prediction is multiplied by
+measured/predicted, interpolated in log-log. Then some random plans are carried out whole, and
+measured = c * sum**gamma is fitted to them (beyond them measured / sum stays as it is at their ends): monotone, so it
+changes what is reported, not which plan is best.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -110,13 +111,15 @@ class Calibration:
     """Corrections of predictions.
 
     Args:
-        anchors: Decisions that were carried out alone.
+        anchors: Decisions that were carried out alone; `predicted` has the level of all.
+        level: Factor of all quadratic terms.
         plans: (sum of corrected predictions, measured) of whole plans.
         scale: c of measured = c * sum**gamma.
         gamma: Its exponent.
     """
 
     anchors: tuple[Anchor, ...] = ()
+    level: float = 1.0
     plans: tuple[tuple[float, float], ...] = ()
     scale: float = 1.0
     gamma: float = 1.0
@@ -132,7 +135,7 @@ class Calibration:
     def corrected(self, decisions: Decisions) -> Decisions:
         """Return the decisions with corrected losses."""
         losses = {}
-        for choice, found in decisions.losses.items():
+        for choice, found in levelled(decisions, self.level).items():
             families = families_of(decisions, choice)
             losses[choice] = [
                 value * math.exp(self._correction(choice, family, value)) if value > 0 else 0.0
@@ -153,6 +156,7 @@ class Calibration:
         """Return plain values."""
         return {
             "anchors": [vars(anchor) for anchor in self.anchors],
+            "level": self.level,
             "plans": [list(plan) for plan in self.plans],
             "scale": self.scale,
             "gamma": self.gamma,
@@ -162,7 +166,39 @@ class Calibration:
     def from_json(cls, document: Mapping[str, Any]) -> Calibration:
         """Return what `to_json` described."""
         anchors = tuple(Anchor(**anchor) for anchor in document["anchors"])
-        return cls(anchors, tuple((p, m) for p, m in document["plans"]), document["scale"], document["gamma"])
+        plans = tuple((p, m) for p, m in document["plans"])
+        return cls(anchors, document["level"], plans, document["scale"], document["gamma"])
+
+
+def levelled(decisions: Decisions, level: float) -> dict[str, list[float]]:
+    """Return the predicted losses with all quadratic terms multiplied by `level`, by decision."""
+    rises = decisions.rises
+    return {
+        choice: [level * (loss - rise) + rise for loss, rise in zip(found, rises[choice])]
+        for choice, found in decisions.losses.items()
+    }
+
+
+def best_level(anchors: Sequence[Anchor], rises: Mapping[str, Sequence[float]]) -> float:
+    """Return the factor of the quadratic terms that brings predictions nearest to what was measured.
+
+    Args:
+        anchors: With the predictions of level 1.
+        rises: First-order parts of the predictions, by decision.
+
+    Returns:
+        The factor with the least median of |log(predicted / measured)| over the anchors clear of noise; 1 for fewer
+        than four.
+    """
+    clear = [a for a in anchors if a.measured > 2 * a.error and a.predicted > 0]
+    if len(clear) < 4:
+        return 1.0
+    rise = np.asarray([rises[a.choice][a.option] for a in clear])
+    bent = np.asarray([a.predicted for a in clear]) - rise
+    measured = np.asarray([a.measured for a in clear])
+    levels = np.geomspace(0.25, 16.0, 49)
+    apart = [float(np.median(np.abs(np.log(np.maximum(k * bent + rise, 1e-12) / measured)))) for k in levels]
+    return float(levels[int(np.argmin(apart))])
 
 
 def family(structure: Structure | None) -> str:
@@ -269,7 +305,10 @@ def calibrate(
         measured, error = meter(carry_out({choice: option}).finished())
         name = families_of(decisions, choice)[option]
         anchors.append(Anchor(choice, option, name, decisions.losses[choice][option], measured, error))
-    found = Calibration(tuple(anchors))
+    level = best_level(anchors, decisions.rises)
+    losses = levelled(decisions, level)
+    anchors = [replace(a, predicted=losses[a.choice][a.option]) for a in anchors]
+    found = Calibration(tuple(anchors), level)
     corrected = found.corrected(decisions)
     drawn = Random(corrected, seed)
     pairs: list[tuple[float, float]] = []
@@ -284,7 +323,7 @@ def calibrate(
             pairs.append((total, max(measured, error, 1e-12)))
             weights.append(1 / (0.15 + (error / pairs[-1][1]) ** 2))
     scale, gamma = power_law(pairs, weights)
-    return Calibration(tuple(anchors), tuple(pairs), scale, gamma)
+    return Calibration(tuple(anchors), level, tuple(pairs), scale, gamma)
 
 
 def plan_loss(decisions: Decisions, picks: Mapping[str, int]) -> float:

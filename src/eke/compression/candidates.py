@@ -48,12 +48,14 @@ class Widths:
         kept: Units that stay, one number a candidate; the first is all of them.
         order: Units in the order in which they go.
         losses: Predicted loss of each candidate.
+        rises: The first-order part of each loss; () for none.
     """
 
     group: ChannelGroup
     kept: tuple[int, ...]
     order: tuple[int, ...]
     losses: tuple[float, ...]
+    rises: tuple[float, ...] = ()
 
     @property
     def choice(self) -> str:
@@ -73,11 +75,13 @@ class Forms:
         site: The matrix.
         structures: One a candidate, from most to fewest stored bits; the first is None and leaves it as it is.
         losses: Predicted loss of each candidate.
+        rises: The first-order part of each loss; () for none.
     """
 
     site: Site
     structures: tuple[Structure | None, ...]
     losses: tuple[float, ...]
+    rises: tuple[float, ...] = ()
 
     @property
     def choice(self) -> str:
@@ -101,11 +105,13 @@ class Block:
         name: Of the module.
         kind: What it becomes: its input, or zero (a branch whose shortcut is added outside).
         loss: Predicted loss of that.
+        rise: Its first-order part.
     """
 
     name: str
     kind: BlockKind
     loss: float
+    rise: float = 0.0
 
     @property
     def choice(self) -> str:
@@ -130,6 +136,13 @@ class Decisions:
         """Predicted losses of the options, by decision."""
         found = {w.choice: w.losses for w in self.widths} | {f.choice: f.losses for f in self.forms}
         return found | {b.choice: (0.0, b.loss) for b in self.blocks}
+
+    @property
+    def rises(self) -> dict[str, tuple[float, ...]]:
+        """First-order parts of the predicted losses, by decision."""
+        found = {w.choice: w.rises or (0.0,) * len(w.losses) for w in self.widths}
+        found |= {f.choice: f.rises or (0.0,) * len(f.losses) for f in self.forms}
+        return found | {b.choice: (0.0, b.rise) for b in self.blocks}
 
     def with_losses(self, losses: Mapping[str, Sequence[float]]) -> Decisions:
         """Return the same decisions with other predicted losses."""
@@ -211,14 +224,19 @@ def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: S
     return found.double()
 
 
-def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> float:
-    """Return the predicted loss of changes of matrices, by site name.
+def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Predict the loss of changes of matrices to second order.
 
-    The slope is that of the data seen; where it falls it is left out: on other data it mostly does not.
+    Args:
+        curvature: At the sites.
+        changes: Change (m, n) by site name.
+
+    Returns:
+        The quadratic term, and the slope: that of the data seen, 0 where it falls (on other data it mostly does not).
     """
     quadratic = sum(max(0.0, curvature.quadratic(name, delta)) for name, delta in changes.items())
     slope = sum(curvature.linear(name, delta) for name, delta in changes.items())
-    return quadratic + max(0.0, slope)
+    return quadratic, max(0.0, slope)
 
 
 def kept_counts(size: int, *, multiple: int = 8, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
@@ -286,12 +304,13 @@ def channel_candidates(
         gone = [int(channel) for channel in removal.channels]
         order = (*gone, *sorted(set(range(group.size)) - set(gone)))
         names = [by_module[member.module_name].name for member in group.consumers]
-        losses = [0.0]
+        parts = [(0.0, 0.0)]
         for count in kept[1:]:
             units = torch.tensor(gone[: group.size - count])
             changes = {name: _without(consumer, units) for name, consumer in zip(names, consumers)}
-            losses.append(max(losses[-1], predicted(curvature, changes)))
-        proposed.append(Widths(group, kept, order, tuple(losses)))
+            new = predicted(curvature, changes)
+            parts.append((max(new[0], parts[-1][0]), max(new[1], parts[-1][1])))
+        proposed.append(Widths(group, kept, order, tuple(q + r for q, r in parts), tuple(r for _, r in parts)))
     return proposed
 
 
@@ -334,11 +353,11 @@ def form_candidates(
             continue
         matrix = site.read(model)
         fit = offered(site, structures, factorable)
-        losses = []
+        parts = [(0.0, 0.0)]
         for structure in fit:
             change = replaced(structure, matrix, curvature, site, solver=solver) - matrix.double()
-            losses.append(predicted(curvature, {site.name: change}))
-        proposed.append(Forms(site, (None, *fit), (0.0, *losses)))
+            parts.append(predicted(curvature, {site.name: change}))
+        proposed.append(Forms(site, (None, *fit), tuple(q + r for q, r in parts), tuple(r for _, r in parts)))
     return proposed
 
 
@@ -359,6 +378,7 @@ def to_json(decisions: Decisions) -> dict[str, Any]:
         "forms": {f.site.name: [repr(s) for s in f.structures] for f in decisions.forms},
         "blocks": {b.name: b.kind for b in decisions.blocks},
         "losses": decisions.losses,
+        "rises": decisions.rises,
     }
 
 
@@ -382,14 +402,28 @@ def from_json(
     by_group = {group.name: group for group in groups}
     by_site = {site.name: site for site in sites}
     by_name: dict[str, Structure | None] = {repr(s): s for s in structures} | {repr(None): None}
-    losses = document["losses"]
+    losses, rises = document["losses"], document["rises"]
     widths = [
-        Widths(by_group[name], tuple(w["kept"]), tuple(w["order"]), tuple(losses[f"channels:{name}"]))
+        Widths(
+            by_group[name],
+            tuple(w["kept"]),
+            tuple(w["order"]),
+            tuple(losses[f"channels:{name}"]),
+            tuple(rises[f"channels:{name}"]),
+        )
         for name, w in document["widths"].items()
     ]
     forms = [
-        Forms(by_site[name], tuple(by_name[s] for s in found), tuple(losses[f"matrix:{name}"]))
+        Forms(
+            by_site[name],
+            tuple(by_name[s] for s in found),
+            tuple(losses[f"matrix:{name}"]),
+            tuple(rises[f"matrix:{name}"]),
+        )
         for name, found in document["forms"].items()
     ]
-    blocks = [Block(name, kind, losses[f"block:{name}"][1]) for name, kind in document["blocks"].items()]
+    blocks = [
+        Block(name, kind, losses[f"block:{name}"][1], rises[f"block:{name}"][1])
+        for name, kind in document["blocks"].items()
+    ]
     return Decisions(tuple(widths), tuple(forms), tuple(blocks))
