@@ -27,6 +27,7 @@ NURSERY = """
     from eke import Budget, compress
     from eke.compression import Recovery, recover
     from eke.compression.checkpoint import Run, read_tensors
+    from eke.structures import Both, LowRank, UniformGrid, Unstructured
 
     shorten_measurements()
     model = Tiny().eval()
@@ -38,6 +39,7 @@ NURSERY = """
         result = compress(
             model, tiny_task(), budget=Budget(size="0.25x", macs="0.5x"), recovery=Recovery(steps=30, batch_size=32),
             folder=folder, resume=True,
+            structures=(UniformGrid(4), Both(Unstructured(0.5), UniformGrid(4)), LowRank(0.5, UniformGrid(6))),
         )
         result.save(artifact)
         Run(folder, {}, resume=False).finish()
