@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -13,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from eke import Budget, cost
 from eke.compression import apply
 from eke.compression import calibrate as calibrate_module
+from eke.compression import space as space_module
 from eke.compression.apply import Layout
 from eke.compression.blocks import leave_out_
 from eke.compression.calibrate import (
@@ -38,6 +39,8 @@ from eke.compression.candidates import (
     channel_candidates,
     form_candidates,
 )
+from eke.compression.prepare import prepare
+from eke.compression.space import affordable
 from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
 from eke.sites import channel_groups, find
@@ -300,13 +303,21 @@ def test_no_more_options_are_carried_out_than_the_most(world, monkeypatch):
     assert (found.plans, found.scale, found.gamma) == ((), 1.0, 1.0)
 
 
-def test_a_slow_model_is_measured_on_fewer_samples(world, monkeypatch):
-    model, data, _, job, carry_out = world
-    ticks = itertools.count()
-    monkeypatch.setattr(calibrate_module.time, "monotonic", lambda: float(next(ticks)))
-    net = carry_out({"block:first": 1}).finished()
-    # Every look at the clock finds a second gone: after two batches the time is up.
-    assert Meter(job, seconds=1.5)(net) == pytest.approx(increase(net, model, data[:2]), abs=1e-7)
+def test_a_large_model_is_measured_on_fewer_samples(world, monkeypatch):
+    model, data, _, _, _ = world
+    job = prepare(model, data, loss=cross_entropy, budget=Budget(size="0.5x")).job
+    assert affordable(job) == 512
+    macs = cost.flops(model, data[0][0][:1]) / 2
+    monkeypatch.setattr(space_module, "WORK", 40 * macs)
+    assert affordable(job) == 40
+    monkeypatch.setattr(space_module, "WORK", 1.0)
+    assert affordable(job) == 16
+
+
+def test_all_kinds_of_decisions_are_among_the_first_anchors(world):
+    _, _, decisions, _, _ = world
+    first = [choice.partition(":")[0] for choice, _ in anchor_options(decisions)[:3]]
+    assert set(first) == {choice.partition(":")[0] for choice in decisions.losses}
 
 
 def test_calibration_shows_its_progress(world):

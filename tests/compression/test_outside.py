@@ -225,3 +225,11 @@ def test_the_plan_says_what_it_needs(quick, model, tmp_path):
 def test_what_is_no_structure_is_refused(model, wrong):
     with pytest.raises(TypeError, match=r"structures must have project, bits, check and exactness, got "):
         run(model, structures=[UniformGrid(4), wrong])
+
+
+def test_a_structure_without_a_name_of_its_own_is_refused(model):
+    class Nameless(Mine):
+        __repr__ = object.__repr__
+
+    with pytest.raises(TypeError, match=r"recognised by their repr, and that of <.*Nameless object at 0x"):
+        compress(model, tiny_task(), budget=Budget(size="0.5x"), structures=[Nameless()])

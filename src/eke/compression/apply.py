@@ -19,7 +19,7 @@ from ..solvers import remove_columns
 from ..structures import LowRank, Structure
 from .artifact import Blueprint
 from .blocks import leave_out_
-from .candidates import Decisions, Solver, fitting
+from .candidates import Decisions, Solver, fitting, solved
 from .deploy import Pair
 from .factor import factor_, fill_
 from .lessons import Lessons
@@ -193,7 +193,7 @@ def _member(
         return structure.project(matrix, score)
     rows, columns = stays(site, surgery)
     a, g = factors.a[0][columns][:, columns], factors.g[0][rows][:, rows]
-    return solver(structure, matrix, Metric(a, g))
+    return solved(solver, structure, matrix, Metric(a, g), name=site.name)
 
 
 def cut(

@@ -12,8 +12,8 @@ changes what is reported, not which plan is best.
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +34,9 @@ from .task import evaluating
 SAMPLES = 512
 """Most calibration samples on which a loss increase is measured."""
 
+WORK = 4e10
+"""Multiply-adds of one evaluation from which fewer samples are taken."""
+
 ANCHORS = 64
 """Most options that are carried out alone."""
 
@@ -50,21 +53,17 @@ class Meter:
     Args:
         job: What was asked.
         samples: Samples after which no further batch is taken.
-        seconds: Time of one evaluation after which no further batch is taken.
     """
 
-    def __init__(self, job: Job, *, samples: int = SAMPLES, seconds: float = math.inf) -> None:
+    def __init__(self, job: Job, *, samples: int = SAMPLES) -> None:
         self._loss, self._batches = job.loss, list[Batch]()
-        start, seen = time.monotonic(), 0
-        base: list[float] = []
-        with evaluating(job.model):
-            for batch in job.batches:
-                self._batches.append(batch)
-                base.append(float(self._loss(job.model, batch)))
-                seen += count_samples(batch)
-                if seen >= samples or time.monotonic() - start > seconds:
-                    break
-        self._base = torch.tensor(base, dtype=torch.float64)
+        seen = 0
+        for batch in job.batches:
+            self._batches.append(batch)
+            seen += count_samples(batch)
+            if seen >= samples:
+                break
+        self._base = self._losses(job.model)
 
     def __call__(self, net: nn.Module) -> tuple[float, float]:
         """Return the loss increase of a net, and its standard error over batches."""
@@ -226,7 +225,15 @@ def anchor_options(decisions: Decisions) -> list[tuple[str, int]]:
     the very smallest width), then the middle one.
     """  # noqa: D205
     first, second = [], []
-    for choice, losses in decisions.losses.items():
+    # Kinds take turns, so that all of them are known where not everything can be carried out.
+    kinds = [
+        [b.choice for b in decisions.blocks],
+        [w.choice for w in decisions.widths],
+        [f.choice for f in decisions.forms],
+    ]
+    turns = [choice for turn in itertools.zip_longest(*kinds) for choice in turn if choice is not None]
+    for choice in turns:
+        losses = decisions.losses[choice]
         families = families_of(decisions, choice)
         for name in dict.fromkeys(families):
             options = [i for i, f in enumerate(families) if f == name and losses[i] > 0]

@@ -208,20 +208,36 @@ def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: S
 
     Returns:
         (m, n), float64.
-
-    Raises:
-        ValueError: if the solver's matrix has another shape or values that are not finite.
     """
     factors = curvature.factors(site.name)
     if site.groups > 1:
         return structure.project(weight, factors.diagonal.to(weight)).double()
-    found = solver(structure, weight, Metric(factors.a[0], factors.g[0]))
+    return solved(solver, structure, weight, Metric(factors.a[0], factors.g[0]), name=site.name).double()
+
+
+def solved(solver: Solver, structure: Structure, weight: Tensor, metric: Metric, *, name: str) -> Tensor:
+    """Return what a solver finds, once it is seen to be a matrix of the right shape.
+
+    Args:
+        solver: Finds the member.
+        structure: The structure.
+        weight: The matrix (m, n).
+        metric: Measures the change.
+        name: Of the site, for messages.
+
+    Returns:
+        (m, n).
+
+    Raises:
+        ValueError: if the matrix has another shape or values that are not finite.
+    """
+    found = solver(structure, weight, metric)
     if found.shape != weight.shape or not bool(torch.isfinite(found).all()):
         raise ValueError(
             f"The solver returned {tuple(found.shape)} with {int((~torch.isfinite(found)).sum())} values that are not "
-            f"finite for {structure} at {site.name!r}, a matrix {tuple(weight.shape)}."
+            f"finite for {structure} at {name!r}, a matrix {tuple(weight.shape)}."
         )
-    return found.double()
+    return found
 
 
 def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> tuple[float, float]:

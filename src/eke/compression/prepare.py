@@ -117,6 +117,12 @@ def _checked_structures(structures: Sequence[Structure]) -> tuple[Structure, ...
         raise TypeError(
             f"structures must have project, bits, check and exactness, got {wrong[0]!r} of {type(wrong[0]).__name__}."
         )
+    nameless = [s for s in structures if f"0x{id(s):x}" in repr(s).lower()]
+    if nameless:
+        raise TypeError(
+            f"structures are recognised by their repr, and that of {nameless[0]!r} is another one in every process: "
+            "give its class a __repr__, or make it a dataclass."
+        )
     return tuple(structures)
 
 

@@ -85,7 +85,8 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
         if not missed and all(after[name] > 0.93 * limits[name] for name in limits if name in _MARGIN):
             break
         for name in limits:
-            correction[name] *= after[name] / max(plan.predicted[name], 1e-30)
+            # A larger step than this is noise: a machine that was busy for a moment must not rule the plan.
+            correction[name] *= min(1.5, max(0.67, after[name] / max(plan.predicted[name], 1e-30)))
     assert best is not None
     (missed_all, _), plan = best
     if missed_all:

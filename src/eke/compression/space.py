@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from .. import cost
 from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
 from .blocks import block_candidates, removable
-from .calibrate import Calibration, Meter, calibrate, plan_loss
+from .calibrate import SAMPLES, WORK, Calibration, Meter, calibrate, plan_loss
 from .candidates import Decisions, Solver
 from .checkpoint import Run
 from .factor import factorable
@@ -205,13 +206,19 @@ def _calibrated(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
     if known is None:
         found = calibrate(
             decisions,
-            Meter(job, seconds=0.3 * job.seconds),
+            Meter(job, samples=affordable(job)),
             lambda picks: _draft(job.model, decisions, picks, sites, curvature, job.solver, Layout()),
             seed=job.seed,
             progress=lambda share, text: job.progress("calibration", share, text),
         )
         known = run.put("calibration", found.to_json())
     return Calibration.from_json(known)
+
+
+def affordable(job: Job) -> int:
+    """Return on how many samples a loss increase is measured: fewer for larger models, whatever the clock says."""
+    macs = cost.flops(job.model, *measure.positional(job.inputs)) / 2 / (measure.batch_size(job.inputs) or 1)
+    return max(16, min(SAMPLES, int(WORK / max(macs, 1.0))))
 
 
 def _fitted(job: Job, decisions: Decisions, layout: Layout, original: float) -> dict[str, Any]:
