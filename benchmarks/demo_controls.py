@@ -1,7 +1,7 @@
 """Is compressing the demo's network better than what anyone could do without eke?
 
 For three seeds, eke's result against (a) the same small architecture from random weights with the same distillation,
-images, steps and grids; (b) the untouched network, folded and in the same memory format: its speed; (c) the small
+images, steps and structures; (b) the untouched network, folded and in the same memory format: its speed; (c) the small
 architecture trained on all 55 000 images. All are scored on the 5 000 report images, in pairs.
 
 Gate: a saved result that is loaded again answers every report image as it did before.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import eke
 from eke import demo
 from eke.compression import Recovery, accuracy
-from eke.compression.apply import deploy_, on_grids, shaped
+from eke.compression.apply import deploy_, on_structures
 from eke.compression.intervals import paired_outcomes, wilson
 from eke.compression.lessons import collect
 from eke.compression.recover import recover_
@@ -36,7 +36,7 @@ from eke.cost import environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-BUDGET = {"max_drop": "1%", "latency": "0.31x", "size": "1/13x"}
+BUDGET = {"max_drop": "1%", "latency": "0.28x", "size": "1/15.3x"}
 
 
 def scored(model: nn.Module, task: eke.Task) -> eke.Counts:
@@ -46,8 +46,8 @@ def scored(model: nn.Module, task: eke.Task) -> eke.Counts:
 
 def fresh(result: eke.Result, seed: int) -> nn.Module:
     """Return the result's architecture, not folded, with seeded random weights."""
-    blueprint = result.blueprint
-    net = shaped(demo.build(), blueprint.surgery, folded=(), memory_format="contiguous")
+    net = demo.build()
+    result.blueprint.shape_(net)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in net.modules():
@@ -57,9 +57,8 @@ def fresh(result: eke.Result, seed: int) -> nn.Module:
 
 
 def deployed(net: nn.Module, result: eke.Result) -> nn.Module:
-    """Fold a trained net and put it on the result's grids."""
-    blueprint = result.blueprint
-    deploy_(net, folded=blueprint.folded, memory_format=blueprint.memory_format, grids=blueprint.grids)
+    """Fold a trained net and project it on the result's structures."""
+    deploy_(net, result.blueprint)
     return net.eval()
 
 
@@ -106,8 +105,8 @@ def one_seed(seed: int, *, steps: int, images: Path | None) -> dict[str, Any]:
     ours = scored(result.model, task)
     lessons = collect(original, task.calibration, forward=forward)
     scratch = fresh(result, seed)
-    grids = on_grids(scratch, result.blueprint.grids)
-    recover_(scratch, lessons, recovery, grids=grids, forward=forward, seed=seed)
+    forms = on_structures(scratch, result.blueprint.structures)
+    recover_(scratch, lessons, recovery, forms=forms, forward=forward, seed=seed)
     from_scratch = scored(deployed(scratch, result), task)
     speedups = [
         {"against": s.against, "ratio": s.ratio, "interval": s.interval, "threads": s.threads, "batch": s.batch}

@@ -17,7 +17,7 @@ from eke.compression.recover import Recovery
 from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
 from eke.sites import find
-from eke.structures import Packable, Structure, UniformGrid
+from eke.structures import NM, Packable, Structure, UniformGrid
 
 from .nets import STEPS, Tiny, batches, outputs, same, state, tiny_task, trained
 
@@ -233,3 +233,11 @@ def test_a_structure_without_a_name_of_its_own_is_refused(model):
 
     with pytest.raises(TypeError, match=r"recognised by their repr, and that of <.*Nameless object at 0x"):
         compress(model, tiny_task(), budget=Budget(size="0.5x"), structures=[Nameless()])
+
+
+def test_a_structure_that_fits_nowhere_is_warned_of_with_the_reason(model, quick):
+    with pytest.warns(UserWarning, match=r"NM\(n=3, m=7\) is used at none of 4 matrices: at 'conv1', .*skip="):
+        found = compress(
+            model, tiny_task(), budget=Budget(size="0.9x"), structures=[NM(3, 7), UniformGrid(4)], recovery=STEPS
+        )
+    assert set(map(repr, found.blueprint.structures.values())) <= {"UniformGrid(bits=4)"}

@@ -53,7 +53,7 @@ class Recovery:
         ValueError: if a number is out of range.
     """
 
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 5e-3
     weight_decay: float = 5e-4

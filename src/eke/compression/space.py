@@ -6,6 +6,7 @@ reads them back, so that it plans from the very same numbers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,9 +143,26 @@ def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], c
     forms = candidates.form_candidates(
         job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call)
     )
+    _warn_unused(job, forms, known)
     job.progress("candidates", 0.8, "blocks that may be left out")
     blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call, groups=groups))
     return Decisions(tuple(widths), tuple(forms), tuple(blocks))
+
+
+def _warn_unused(job: Job, forms: Sequence[candidates.Forms], sites: Sequence[Site]) -> None:
+    """Warn of structures that were asked for and have no member of any matrix's shape."""
+    used = {repr(structure) for form in forms for structure in form.structures}
+    for structure in job.structures:
+        if repr(structure) in used or structure in candidates.STRUCTURES:
+            continue
+        reason = "it saves no bytes there"
+        for site in sites:
+            try:
+                structure.check(site.shape)
+            except ValueError as error:
+                reason = f"at {site.name!r}, {error}"
+                break
+        warnings.warn(f"{structure} is used at none of {len(sites)} matrices: {reason}", stacklevel=2)
 
 
 def _nothing(job: Job, sites: Sequence[Site]) -> str:

@@ -3,10 +3,11 @@
 Entries that stay in a tensor follow from the decisions alone, so parameters, multiply-adds and packed bytes are exact
 tables over the channel groups, the form of the matrix and the block that a tensor depends on. Time is measured in
 place: some tens of changed nets (designs) run as a whole, with a clock at every module, and each module's time is
-fitted as t = c0 + c1 in + c2 out + c3 in*out with non-negative c (in, out: shares of its channels that stay), that of
-two factors of rank r as c0 + c1 r in + c2 r out; what is left of the whole net's time is fitted to the shares of groups
-and blocks that stay. Clocks cost time and the machine drifts meanwhile, so the sum is scaled and shifted to a few whole
-nets, among them the uncut and the smallest one, measured interleaved without clocks.
+fitted as t = c0 + c1 in + c2 out + c3 in*out + c4 in'*out' with non-negative c (in, out: shares of its channels that
+stay; in', out': the same in whole vectors of 16), that of two factors of rank r as c0 + c1 r in + c2 r out; what is left
+of the whole net's time is fitted to the shares of groups and blocks that stay. Clocks cost time and the machine drifts
+meanwhile, so the sum is scaled and shifted to a few whole nets, among them the uncut and the smallest one, measured
+interleaved without clocks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from .candidates import Block, Decisions, Forms, Widths, fitting
 from .deploy import Pair
 from .graph import Table
 from .plan import Choice, Term, total
+
+VECTOR = 16
+"""Channels that a kernel works on at once: a cut to 40 takes about as long as one to 48."""
 
 HEADER_BYTES = 90.0
 """Bytes that a stored tensor's entry in the file's header takes, about."""
@@ -333,13 +337,20 @@ class Timing:
 
 
 def _features(module: str, dimensions: Shapes, counter: Counter) -> tuple[tuple[str, ...], list[Table]]:
-    """Return the groups a module's time depends on, and the tables 1, in, out, in*out (those that vary)."""
+    """Return the groups a module's time depends on, and the tables 1, in, out, in*out (those that vary), the last one
+    also with channels rounded up to whole vectors.
+    """  # noqa: D205
     weight = dimensions.get(f"{module}.weight" if module else "weight", [])
     over = counter.over(weight)
-    shares = [counter.stay(d, over) / d.size for d in weight if d.cuts]
+    stays = [(counter.stay(d, over), d.size) for d in weight if d.cuts]
+    shares = [stay / size for stay, size in stays]
     features: list[Table] = [np.ones([1] * len(over)), *shares]
-    if len(shares) > 1:
-        features.append(math.prod(shares, start=np.ones([1] * len(over))))
+    if shares:
+        ones = np.ones([1] * len(over))
+        if len(shares) > 1:
+            features.append(math.prod(shares, start=ones))
+        whole = [np.ceil(stay / VECTOR) / math.ceil(size / VECTOR) for stay, size in stays]
+        features.append(math.prod(whole, start=ones))
     return over, features
 
 
