@@ -194,14 +194,15 @@ def chosen(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, count: int
     ours = float((sample_losses(space.draft(plan.picks).finished(), data) - base).mean())
     generator = np.random.default_rng(0)
     rivals: dict[str, list[float]] = {"random objective": [], "loss times lognormal(1)": []}
-    for number in range(count):
-        name = list(rivals)[number % 2]
+    for number in range(count + count // 2):
+        perturbed = number >= count
+        name = list(rivals)[perturbed]
         terms = []
         for term in space.terms:
             table = term.table
             if term.resource == "loss":
                 noise = generator.lognormal(0.0, 1.0, table.shape)
-                table = table * noise if number % 2 else generator.random(table.shape)
+                table = table * noise if perturbed else generator.random(table.shape)
             terms.append(Term(term.over, term.resource, table))
         picks = choose(decisions, terms, limits=limits, gap=0.05, seconds=5).picks
         rivals[name].append(float((sample_losses(space.draft(picks).finished(), data) - base).mean()))

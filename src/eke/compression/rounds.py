@@ -39,6 +39,8 @@ class Planned:
 
 
 _MARGIN = {"latency": 0.97, "size": 0.995, "peak_memory": 0.995}
+_FIRST = 0.98
+"""Further share of the latency that the first plan leaves free: its prediction is not corrected yet."""
 
 
 def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float], stage: str) -> Planned:
@@ -68,7 +70,7 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
     for number in range(1, ROUNDS + 1):
         job.progress("plan", (number - 1) / ROUNDS, f"round {number}")
         try:
-            plan = _choose(space, correction, limits)
+            plan = _choose(space, correction, limits, first=number == 1)
         except InfeasibleError:
             if best is None:
                 raise
@@ -146,11 +148,13 @@ def _corrected(space: Space, correction: Mapping[str, float]) -> list[Term]:
     return [Term(t.over, t.resource, t.table * correction.get(t.resource, 1.0)) for t in space.terms]
 
 
-def _choose(space: Space, correction: Mapping[str, float], limits: Mapping[str, float]) -> Plan:
+def _choose(space: Space, correction: Mapping[str, float], limits: Mapping[str, float], *, first: bool) -> Plan:
     """Return a plan with a little room below the limits for noise; without it if there is none to have."""
     terms = _corrected(space, correction)
     decisions = tables.choices(space.decisions)
     wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
+    if first and "latency" in wanted:
+        wanted["latency"] *= _FIRST
     try:
         return choose(decisions, terms, limits=wanted)
     except InfeasibleError:

@@ -4,7 +4,7 @@ Entries that stay in a tensor follow from the decisions alone, so parameters, mu
 tables over the channel groups, the form of the matrix and the block that a tensor depends on. Time is measured in
 place: some tens of changed nets (designs) run as a whole, with a clock at every module, and each module's time is
 fitted as t = c0 + c1 in + c2 out + c3 in*out + c4 in'*out' with non-negative c (in, out: shares of its channels that
-stay; in', out': the same in whole vectors of 16), that of two factors of rank r as c0 + c1 r in + c2 r out; what is left
+stay; in', out': the same in whole vectors of 16), that of two factors of rank r as c0 + c1 r in + c2 r out; the rest
 of the whole net's time is fitted to the shares of groups and blocks that stay. Clocks cost time and the machine drifts
 meanwhile, so the sum is scaled and shifted to a few whole nets, among them the uncut and the smallest one, measured
 interleaved without clocks.
@@ -416,9 +416,13 @@ def fit_timing(
     timing = Timing(modules, factored, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
     terms = timing.terms(dimensions, counter)
     names = {name for term in terms for name in term.over}
-    sums = np.asarray([total(terms, {n: picks.get(n, 0) for n in names})["latency"] for picks in designs[: len(whole)]])
+    fitted = np.asarray([total(terms, {n: picks.get(n, 0) for n in names})["latency"] for picks in designs])
+    clocks = np.asarray([sum(measured.values()) for measured in times])
+    # Two steps: clocks to whole nets by the anchors, where both are measured; the fit to the clocks in the median.
+    sums = clocks[: len(whole)]
     anchors = np.stack([sums, np.ones_like(sums)], 1) / np.asarray(whole)[:, None]
     scale, offset = _non_negative(anchors, np.ones_like(sums))
+    scale *= float(np.median(clocks / np.maximum(fitted, 1e-12)))
     return Timing(timing.modules, timing.factored, timing.rest, float(scale), float(offset))
 
 
