@@ -267,14 +267,18 @@ def timing(
     chosen = designs(decisions, count=count, seed=seed)
     arguments = positional(inputs)
     nets = [shaped(model, blueprint(decisions, picks, layout)) for picks in chosen[:_ANCHORS]]
-    runs = {"original": runner(model, inputs), **{str(i): runner(net, inputs) for i, net in enumerate(nets)}}
-    measured = cost.interleave(runs, seconds=0.3 * seconds, threads=threads)
-    before = measured["original"].lower_quartile
-    whole = [original * measured[str(i)].lower_quartile / before for i in range(len(nets))]
+    # Each against the original alone, as plans are measured later: how fast a large net runs depends on what runs
+    # between its turns (memory that was given back must be taken anew).
+    share = 0.4 * seconds / len(nets)
+    pairs = [
+        cost.compare_latency(runner(model, inputs), runner(net, inputs), seconds=share, threads=threads, seed=seed)
+        for net in nets
+    ]
+    whole = [original / pair.ratio for pair in pairs]
     times = []
     for picks in chosen:
         net = shaped(model, blueprint(decisions, picks, layout))
-        times.append(cost.module_times(net, *arguments, seconds=0.7 * seconds / len(chosen), threads=threads))
+        times.append(cost.module_times(net, *arguments, seconds=0.6 * seconds / len(chosen), threads=threads))
     dimensions = shapes(model, decisions.widths)
     return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)
 

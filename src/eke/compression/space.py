@@ -263,7 +263,8 @@ def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, coun
     if fit is None:
         return []
     by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored")]
-    timing = tables.Timing(by_module[0], by_module[1], tuple(fit["rest"]), fit["scale"], fit["offset"])
+    curves = {name: (factor, exponent) for name, (factor, exponent) in fit["curves"].items()}
+    timing = tables.Timing(by_module[0], by_module[1], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
     return timing.terms(dimensions, counter)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -297,6 +297,7 @@ class Timing:
     Args:
         modules: Coefficients of each timed module: one a product of shares, see `_features`.
         factored: Coefficients of the two factors in a module's place: 1, rank * columns, rank * rows.
+        curves: Factor and exponent of each module's fit: its time is factor * fit**exponent.
         rest: Coefficients of the rest of the forward pass: a constant, one a group, one a block.
         scale: Time of a whole net without clocks, per second of the fit's sum.
         offset: Seconds that every whole net takes besides.
@@ -304,6 +305,7 @@ class Timing:
 
     modules: Mapping[str, tuple[float, ...]]
     factored: Mapping[str, tuple[float, ...]]
+    curves: Mapping[str, tuple[float, float]]
     rest: tuple[float, ...]
     scale: float = 1.0
     offset: float = 0.0
@@ -314,7 +316,8 @@ class Timing:
         for module, coefficients in self.modules.items():
             over, features = _features(module, dimensions, counter)
             dense = sum((c * f for c, f in zip(coefficients, features)), np.zeros([1] * len(over)))
-            dense = self.scale * counter.full(np.asarray(dense), over)
+            factor, exponent = self.curves.get(module, (1.0, 1.0))
+            dense = self.scale * factor * counter.full(np.asarray(dense), over) ** exponent
             name = f"{module}.weight"
             form = counter.forms.get(name)
             if form is None or module not in self.factored:
@@ -383,6 +386,7 @@ def fit_timing(
     """
     modules: dict[str, tuple[float, ...]] = {}
     factored: dict[str, tuple[float, ...]] = {}
+    curves: dict[str, tuple[float, float]] = {}
     rest = np.asarray([measured.get("", 0.0) for measured in times])
     for name in times[0]:
         if not name:
@@ -396,7 +400,9 @@ def fit_timing(
         full = [counter.full(f, over) for f in features]
         seen = [i for i, measured in enumerate(times) if name in measured]
         rows = np.asarray([[f[tuple(designs[i].get(c, 0) for c in over)] for f in full] for i in seen])
-        modules[name] = _relative_fit(rows, np.asarray([times[i][name] for i in seen]))
+        seconds = np.asarray([times[i][name] for i in seen])
+        modules[name] = _relative_fit(rows, seconds)
+        curves[name] = _curve(rows @ np.asarray(modules[name]), seconds)
         pairs = [i for i, measured in enumerate(times) if f"{name}.0" in measured]
         if ranked is not None and pairs:
             matrix = counter.matrix(ranked, dimensions[f"{name}.weight"])
@@ -413,7 +419,7 @@ def fit_timing(
         ]
         for design in designs
     ])
-    timing = Timing(modules, factored, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
+    timing = Timing(modules, factored, curves, tuple(float(c) for c in _non_negative(rows, np.maximum(rest, 0))))
     terms = timing.terms(dimensions, counter)
     names = {name for term in terms for name in term.over}
     fitted = np.asarray([total(terms, {n: picks.get(n, 0) for n in names})["latency"] for picks in designs])
@@ -423,13 +429,23 @@ def fit_timing(
     anchors = np.stack([sums, np.ones_like(sums)], 1) / np.asarray(whole)[:, None]
     scale, offset = _non_negative(anchors, np.ones_like(sums))
     scale *= float(np.median(clocks / np.maximum(fitted, 1e-12)))
-    return Timing(timing.modules, timing.factored, timing.rest, float(scale), float(offset))
+    return replace(timing, scale=float(scale), offset=float(offset))
 
 
 def _relative_fit(rows: Table, seconds: Table) -> tuple[float, ...]:
     """Return non-negative coefficients; relative errors count: small nets are the ones that plans choose."""
     weight = 1 / np.maximum(seconds, seconds.max() * 0.02 + 1e-12)
     return tuple(float(c) for c in _non_negative(rows * weight[:, None], seconds * weight))
+
+
+def _curve(fitted: Table, seconds: Table) -> tuple[float, float]:
+    """Return factor and exponent of seconds = factor * fitted**exponent: large nets outgrow their caches."""
+    usable = (fitted > 0) & (seconds > 0)
+    if usable.sum() < 4 or float(np.log(fitted[usable]).std()) < 0.2:
+        return 1.0, 1.0
+    x, y = np.log(fitted[usable]), np.log(seconds[usable])
+    exponent = float(np.clip(np.polyfit(x, y, 1)[0], 0.8, 1.4))
+    return math.exp(float(np.median(y - exponent * x))), exponent
 
 
 def share_terms(
