@@ -278,7 +278,7 @@ def main() -> None:
         plans, seconds = planned(model, sites, curvature, options, ours, sizes, second, limits)
         base = sample_losses(model, held)
         for limit, plan in zip(limits, plans):
-            other, searched = spdy(model, sites, curvature, theirs, sizes, second, limit, tries=3 if small else 60)
+            other, searched = spdy(model, sites, curvature, theirs, sizes, second, limit, tries=3 if small else 40)
             one, name = uniform(model, sites, options, ours, sizes, second, limit)
             swapped = stitched(model, sites, ours, other)
             nets = {

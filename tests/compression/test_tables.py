@@ -311,3 +311,12 @@ def test_choices_name_every_option(world):
     assert found[form.choice] == ("as it is", *(repr(s) for s in form.structures[1:]))
     assert found[width.choice] == tuple(str(kept) for kept in width.kept)
     assert all(found[block.choice] == ("stays", "identity") for block in decisions.blocks)
+
+
+def test_a_curve_recovers_a_power_of_the_fit_and_stays_straight_where_little_varies():
+    fitted = np.geomspace(1e-4, 1e-2, 9)
+    factor, exponent = tables._curve(fitted, 3.0 * fitted**1.2)
+    assert (factor, exponent) == (pytest.approx(3.0), pytest.approx(1.2))
+    assert tables._curve(np.full(9, 1e-3), np.linspace(1e-3, 2e-3, 9)) == (1.0, 1.0)
+    assert tables._curve(fitted[:3], fitted[:3] ** 2) == (1.0, 1.0)
+    assert tables._curve(fitted, fitted**3)[1] == pytest.approx(1.4)
