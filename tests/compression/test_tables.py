@@ -13,6 +13,7 @@ from torch import nn
 
 from eke import cost
 from eke.compression import candidates, measure, tables
+from eke.compression import timing as timing_module
 from eke.compression.apply import Layout, blueprint, deploy_, shaped
 from eke.compression.artifact import pack
 from eke.compression.blocks import removable
@@ -192,7 +193,7 @@ def synthetic(picks, counter, dimensions, coefficients):
     """Times that follow the model of the fit exactly."""
     times = {}
     for module, values in coefficients.items():
-        over, features = tables._features(module, dimensions, counter)
+        over, features = timing_module._features(module, dimensions, counter)
         index = tuple(picks[c] for c in over)
         times[module] = sum(v * float(counter.full(f, over)[index]) for v, f in zip(values, features))
     return {**times, "": 1e-3}
@@ -206,7 +207,7 @@ def test_the_fit_recovers_times_that_follow_its_model():
     nets = tables.designs(decisions, count=20, seed=0)
     times = [synthetic(picks, counter, dimensions, truth) for picks in nets]
     whole = [1.5 * sum(t.values()) + 2e-3 for t in times[:4]]
-    timing = tables.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=whole)
+    timing = timing_module.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=whole)
     assert timing.scale == pytest.approx(1.5, rel=1e-6)
     terms = timing.terms(dimensions, counter)
     for picks in some_plans(decisions, count=5):
@@ -221,7 +222,7 @@ def test_fitted_times_never_fall_as_channels_are_kept():
     nets = tables.designs(decisions, count=12, seed=1)
     generator = np.random.default_rng(0)
     times = [{"conv2": float(t), "": 1e-3} for t in generator.uniform(1e-3, 2e-3, len(nets))]
-    timing = tables.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=[3e-3, 1e-3])
+    timing = timing_module.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=[3e-3, 1e-3])
     for term in timing.terms(dimensions, counter):
         for axis in range(term.table.ndim):
             assert (np.diff(term.table, axis=axis) <= 1e-15).all()
@@ -247,7 +248,7 @@ def test_the_fit_recovers_times_of_factored_layers_and_of_blocks():
         return times
 
     times = [seconds(picks) for picks in nets]
-    timing = tables.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=[
+    timing = timing_module.fit_timing(nets, times, dimensions=dimensions, counter=counter, whole=[
         sum(t.values()) for t in times[:4]
     ])  # fmt: skip
     assert timing.scale == pytest.approx(1, rel=1e-6)
@@ -315,8 +316,8 @@ def test_choices_name_every_option(world):
 
 def test_a_curve_recovers_a_power_of_the_fit_and_stays_straight_where_little_varies():
     fitted = np.geomspace(1e-4, 1e-2, 9)
-    factor, exponent = tables._curve(fitted, 3.0 * fitted**1.2)
+    factor, exponent = timing_module._curve(fitted, 3.0 * fitted**1.2)
     assert (factor, exponent) == (pytest.approx(3.0), pytest.approx(1.2))
-    assert tables._curve(np.full(9, 1e-3), np.linspace(1e-3, 2e-3, 9)) == (1.0, 1.0)
-    assert tables._curve(fitted[:3], fitted[:3] ** 2) == (1.0, 1.0)
-    assert tables._curve(fitted, fitted**3)[1] == pytest.approx(1.4)
+    assert timing_module._curve(np.full(9, 1e-3), np.linspace(1e-3, 2e-3, 9)) == (1.0, 1.0)
+    assert timing_module._curve(fitted[:3], fitted[:3] ** 2) == (1.0, 1.0)
+    assert timing_module._curve(fitted, fitted**3)[1] == pytest.approx(1.4)

@@ -20,8 +20,9 @@ from .candidates import Decisions
 from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
 from .plan import Term
-from .tables import Counter, Timing, designs, fit_timing, shapes, share_terms
+from .tables import Counter, designs, shapes, share_terms
 from .task import evaluating
+from .timing import Timing, fit_timing
 
 _ANCHORS = 4
 

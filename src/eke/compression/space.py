@@ -26,6 +26,7 @@ from .factor import factorable
 from .job import Job
 from .plan import Term
 from .task import evaluating
+from .timing import Timing
 
 STATISTICS = 1024
 """Most samples from which statistics are estimated."""
@@ -264,7 +265,7 @@ def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, coun
         return []
     by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored")]
     curves = {name: (factor, exponent) for name, (factor, exponent) in fit["curves"].items()}
-    timing = tables.Timing(by_module[0], by_module[1], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
+    timing = Timing(by_module[0], by_module[1], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
     return timing.terms(dimensions, counter)
 
 
