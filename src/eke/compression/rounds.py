@@ -1,8 +1,8 @@
 """Plan, measure what the plan really costs, rescale the predictions, plan again.
 
-Costs do not depend on a net's values, so a plan is measured before any training. Three rounds at most; the plan kept is
-the one of least predicted loss among those within all limits. Predictions of loss err, so plans that would be best under
-somewhat other predictions are carried out beside it, and the one of least measured loss is taken.
+Costs do not depend on a net's values, so a plan is measured before any training. Three rounds at most; the plan kept
+is the one of least predicted loss among those within all limits. Predictions of loss err, so plans that would be best
+under somewhat other predictions are carried out beside it, and the one of least measured loss is taken.
 """
 
 from __future__ import annotations
