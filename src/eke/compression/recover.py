@@ -53,9 +53,9 @@ class Recovery:
         ValueError: if a number is out of range.
     """
 
-    steps: int = 1000
+    steps: int = 900
     batch_size: int = 64
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 5e-4
     warmup: float = 0.2
     grid_from: float = 0.7

@@ -25,7 +25,7 @@ from .result import describe
 from .space import Space, affordable
 from .task import evaluating
 
-ALTERNATIVES = 6
+ALTERNATIVES = 4
 """Plans for perturbed predictions that are carried out beside the planned one."""
 
 ROUNDS = 3

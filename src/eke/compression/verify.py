@@ -161,7 +161,7 @@ class _Alone:
 
     def __init__(self, job: Job, space: Space) -> None:
         self._space, self._meter = space, Meter(job)
-        self._end = time.monotonic() + 3 * job.seconds
+        self._end = time.monotonic() + 1.5 * job.seconds
         self._known = {(a.choice, a.option): a.measured for a in space.calibration.anchors}
 
     def __call__(self, choice: str, option: int) -> float | None:
