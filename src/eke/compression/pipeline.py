@@ -166,6 +166,7 @@ def front(
     timed = next((b for b in budgets if b.latency is not None), budgets[-1])
     memory = next((b for b in budgets if b.peak_memory is not None), budgets[-1])
     asked = replace(budgets[-1], latency=timed.latency, peak_memory=memory.peak_memory)
+    # The run has no folder and keeps nothing, but it counts: a report says how often splits were opened by then.
     with cost.pinned_threads(prepared.threads):
         job = replace(prepared.job, budget=asked)
         selection = _selection(job, prepared.notes)
@@ -175,15 +176,13 @@ def front(
         if nested:
             plans = plan_nested(jobs, space, limits=limits)
         else:
-            plans = [plan_within(j, space, Run(None, {}, resume=False), limits=at, stage="plan")
-                     for j, at in zip(jobs, limits)]  # fmt: skip
+            plans = [plan_within(j, space, prepared.run, limits=at, stage="plan") for j, at in zip(jobs, limits)]
         lessons = _lessons(job, prepared.run)
         results = []
         for one, found in zip(jobs, plans):
-            run = Run(None, {}, resume=False)
-            net, early = _recovered(one, space, found.plan, lessons, run, stage="recovery")
+            net, early = _recovered(one, space, found.plan, lessons, prepared.run, stage="recovery")
             scores = {"selection before": selection, "before recovery": early}
-            own = replace(prepared, job=one, run=run, notes=list(prepared.notes))
+            own = replace(prepared, job=one, notes=list(prepared.notes))
             results.append(_verified(own, space, (found, net), scores, recipe=None, title=title))
     points = tuple(result.front_point for result in results)
     return [replace(result, front=points) for result in results]

@@ -7,7 +7,6 @@ under somewhat other predictions are carried out beside it, and the one of least
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from .checkpoint import Run
 from .job import Job
 from .plan import InfeasibleError, Plan, Term, choose, choose_nested, total
 from .result import describe
-from .space import Space, affordable
+from .space import Space
 from .task import evaluating
 
 ALTERNATIVES = 4
@@ -94,12 +93,11 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
         if not missed and all(after[name] > 0.93 * limits[name] for name in limits if name in _MARGIN):
             break
         for name in limits:
-            # A larger step than this is noise: a machine that was busy for a moment must not rule the plan.
-            correction[name] *= min(1.5, max(0.67, after[name] / max(plan.predicted[name], 1e-30)))
+            correction[name] *= _step(after[name] / max(plan.predicted[name], 1e-30))
     assert best is not None
     (missed_all, _), plan, corrected = best
     if missed_all:
-        raise InfeasibleError(*_missed(limits, measured_costs))
+        raise InfeasibleError(*_missed(limits, measured_costs), proved=False)
     plan, text = _searched(job, space, plan, corrected, limits)
     rounds.append(Round(len(rounds) + 1, text))
     document = {"picks": dict(plan.picks), "predicted": dict(plan.predicted), "gap": plan.gap, "seconds": plan.seconds}
@@ -114,7 +112,7 @@ def _searched(
 
     Alternatives are optimal for predictions that err by a random factor an entry, as real ones do.
     """
-    meter = Meter(job, samples=affordable(job))
+    meter = Meter(job)
     generator = np.random.default_rng(job.seed)
     terms = _corrected(space, correction)
     decisions = tables.choices(space.decisions)
@@ -133,8 +131,10 @@ def _searched(
         except InfeasibleError:
             break
         if all(other.picks != known.picks for _, known in found):
-            other = replace(other, predicted=total(terms, other.picks), gap=math.inf)
-            found.append((meter(space.draft(other.picks).finished())[0], other))
+            predicted = total(terms, other.picks)
+            # The planned one's bound holds for every plan within these limits.
+            gap = max(0.0, 1 - (1 - plan.gap) * plan.predicted.get("loss", 0.0) / max(predicted["loss"], 1e-30))
+            found.append((meter(space.draft(other.picks).finished())[0], replace(other, predicted=predicted, gap=gap)))
     found.sort(key=lambda pair: pair[0])
     text = f"loss increase before recovery of {len(found)} plans: {', '.join(f'{loss:.3g}' for loss, _ in found)}"
     for _, candidate in found:
@@ -142,12 +142,12 @@ def _searched(
             break
         after = _plan_costs(job, space, candidate)
         if all(after[name] <= limit for name, limit in limits.items()):
-            return replace(candidate, gap=plan.gap), f"{text}; took the first within all limits, {describe(after)}"
+            return candidate, f"{text}; took the first within all limits, {describe(after)}"
     return plan, f"{text}; kept the planned one"
 
 
 def plan_nested(jobs: Sequence[Job], space: Space, *, limits: Sequence[Mapping[str, float]]) -> list[Planned]:
-    """Find nested plans for several budgets, each within its limits by measurement where three rounds suffice.
+    """Find nested plans for several budgets, each within its limits by measurement.
 
     Args:
         jobs: What was asked, one job a budget.
@@ -155,30 +155,38 @@ def plan_nested(jobs: Sequence[Job], space: Space, *, limits: Sequence[Mapping[s
         limits: Largest total of each limited resource, one mapping a budget, from loosest to tightest.
 
     Returns:
-        One plan a budget. Where limits cannot be kept, `InfeasibleError` names the budget and the nearest plan.
+        One plan a budget.
+
+    Raises:
+        InfeasibleError: if a budget cannot be kept, or is not when it is measured; names the nearest.
     """
     correction = dict.fromkeys(RESOURCES, 1.0)
     decisions = tables.choices(space.decisions)
-    best: list[Planned] = []
-    least = math.inf
+    measured_costs: list[list[dict[str, float]]] = [[] for _ in jobs]
     for number in range(1, ROUNDS + 1):
         jobs[0].progress("plan", (number - 1) / ROUNDS, f"round {number}, {len(jobs)} nested budgets")
         wanted = [{name: limit * _MARGIN.get(name, 1.0) for name, limit in one.items()} for one in limits]
         plans = choose_nested(decisions, _corrected(space, correction), limits=wanted)
         measured = [_plan_costs(job, space, plan) for job, plan in zip(jobs, plans)]
-        excess = [max(after[name] / limit for name, limit in one.items()) for after, one in zip(measured, limits)]
-        if max(excess) < least:
-            least = max(excess)
-            best = [
-                Planned(plan, (Round(number, f"nested; measured {describe(after)}"),))
+        for known, after in zip(measured_costs, measured):
+            known.append(after)
+        if all(after[name] <= limit for after, one in zip(measured, limits) for name, limit in one.items()):
+            return [
+                Planned(plan, (Round(number, f"nested; measured {describe(after)}; within all limits"),))
                 for plan, after in zip(plans, measured)
             ]
-        if least <= 1:
-            break
         for name in {name for one in limits for name in one}:
-            ratios = [after[name] / max(plan.predicted[name], 1e-30) for plan, after in zip(plans, measured)]
-            correction[name] *= max(ratios)
-    return best
+            ratios = [
+                after[name] / max(plan.predicted[name], 1e-30) for plan, after in zip(plans, measured) if name in after
+            ]
+            correction[name] *= _step(max(ratios))
+    missed = next(i for i, one in enumerate(limits) if any(measured[i][name] > at for name, at in one.items()))
+    raise InfeasibleError(*_missed(limits[missed], measured_costs[missed]), proved=False)
+
+
+def _step(ratio: float) -> float:
+    """Return by how much one round changes a cost's correction: a larger step is the noise of a busy machine."""
+    return min(1.5, max(0.67, ratio))
 
 
 def _missed(limits: Mapping[str, float], measured: Sequence[Mapping[str, float]]) -> tuple[str, Mapping[str, float]]:
