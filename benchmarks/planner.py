@@ -18,11 +18,8 @@ import dataclasses
 import importlib
 import json
 import math
-import os
-import platform
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,7 @@ from scipy.stats import spearmanr
 from eke import cost
 from eke.compression import Budget, InfeasibleError, choose
 from eke.compression.calibrate import Random, families_of
-from eke.compression.candidates import _without, readers, replaced
+from eke.compression.candidates import readers, removal_change, replaced
 from eke.compression.checkpoint import Run
 from eke.compression.measure import runner
 from eke.compression.overview import Survey, survey
@@ -89,7 +86,7 @@ def changes(found: Survey, choice: str, option: int) -> dict[str, torch.Tensor]:
             consumers = readers(width.group, by_module, space.model, space.curvature)
             units = torch.tensor(width.order[: width.group.size - width.kept[option]])
             names = [by_module[m.module_name].name for m in width.group.consumers]
-            return {name: _without(consumer, units) for name, consumer in zip(names, consumers)}
+            return {name: removal_change(consumer, units) for name, consumer in zip(names, consumers)}
     return {}
 
 
@@ -280,8 +277,7 @@ def main() -> None:
             },
             "results": {**known, **results},
             "seconds": time.time() - start,
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
-            "versions": {name: version(name) for name in ("eke", "torch", "numpy", "scipy")},
+            "environment": cost.environment().to_json(),
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 

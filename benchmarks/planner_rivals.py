@@ -19,12 +19,9 @@ import argparse
 import copy
 import importlib
 import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from eke import cost
 from eke.compression import Choice, Term, choose
 from eke.compression.artifact import stored_bits
 from eke.compression.budget import Budget
@@ -157,9 +155,9 @@ def planned(
 def dynamic_program(costs: np.ndarray, steps: list[np.ndarray], most: int) -> list[int]:
     """Option of each layer with the least sum of costs whose sizes, in steps, do not exceed `most`."""
     best, choice = np.zeros(most + 1), []
-    for cost, step in zip(costs, steps):
-        tried = np.full((len(cost), most + 1), np.inf)
-        for option, (value, size) in enumerate(zip(cost, step)):
+    for prices, step in zip(costs, steps):
+        tried = np.full((len(prices), most + 1), np.inf)
+        for option, (value, size) in enumerate(zip(prices, step)):
             if size <= most:
                 tried[option, size:] = best[: most + 1 - size] + value
         choice.append(tried.argmin(0))
@@ -307,8 +305,7 @@ def main() -> None:
             "benchmark": "planner_rivals",
             "rows": rows,
             "seconds": time.time() - start,
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
-            "versions": {name: version(name) for name in ("eke", "torch", "numpy", "scipy")},
+            "environment": cost.environment().to_json(),
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 

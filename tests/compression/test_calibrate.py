@@ -15,7 +15,7 @@ import torch
 from eke import Budget, cost
 from eke.compression import apply
 from eke.compression import calibrate as calibrate_module
-from eke.compression import space as space_module
+from eke.compression import calibrate as space_module
 from eke.compression.apply import Layout
 from eke.compression.blocks import leave_out_
 from eke.compression.calibrate import (
@@ -23,6 +23,7 @@ from eke.compression.calibrate import (
     Calibration,
     Meter,
     Random,
+    affordable,
     anchor_options,
     best_level,
     calibrate,
@@ -40,7 +41,6 @@ from eke.compression.candidates import (
     form_candidates,
 )
 from eke.compression.prepare import prepare
-from eke.compression.space import affordable
 from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
 from eke.sites import channel_groups, find
@@ -75,7 +75,7 @@ def world():
     def carry_out(picks):
         return apply.draft(model, decisions, picks, sites=sites, curvature=curvature, solver=nearest, layout=Layout())
 
-    job = SimpleNamespace(model=model, loss=cross_entropy, batches=data)
+    job = SimpleNamespace(inputs=(data[0][0],), model=model, loss=cross_entropy, batches=data)
     return model, data, decisions, job, carry_out
 
 

@@ -23,8 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .. import cost
 from .._types import Batch
 from ..structures import LowRank, Structure, Supported, UniformGrid
+from . import measure
 from .apply import Draft
 from .candidates import Decisions
 from .checks import count_samples
@@ -52,12 +54,12 @@ class Meter:
 
     Args:
         job: What was asked.
-        samples: Samples after which no further batch is taken.
+        samples: Samples after which no further batch is taken; None for what `affordable` says.
     """
 
-    def __init__(self, job: Job, *, samples: int = SAMPLES) -> None:
+    def __init__(self, job: Job, *, samples: int | None = None) -> None:
         self._loss, self._batches = job.loss, list[Batch]()
-        seen = 0
+        samples, seen = samples or affordable(job), 0
         for batch in job.batches:
             self._batches.append(batch)
             seen += count_samples(batch)
@@ -74,6 +76,12 @@ class Meter:
     def _losses(self, net: nn.Module) -> torch.Tensor:
         with evaluating(net):
             return torch.tensor([float(self._loss(net, batch)) for batch in self._batches], dtype=torch.float64)
+
+
+def affordable(job: Job) -> int:
+    """Return on how many samples a loss increase is measured: fewer for larger models, whatever the clock says."""
+    macs = cost.flops(job.model, *measure.positional(job.inputs)) / 2 / (measure.batch_size(job.inputs) or 1)
+    return max(16, min(SAMPLES, int(WORK / max(macs, 1.0))))
 
 
 @dataclass(frozen=True)

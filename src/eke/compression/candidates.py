@@ -323,14 +323,14 @@ def channel_candidates(
         parts = [(0.0, 0.0)]
         for count in kept[1:]:
             units = torch.tensor(gone[: group.size - count])
-            changes = {name: _without(consumer, units) for name, consumer in zip(names, consumers)}
+            changes = {name: removal_change(consumer, units) for name, consumer in zip(names, consumers)}
             new = predicted(curvature, changes)
             parts.append((max(new[0], parts[-1][0]), max(new[1], parts[-1][1])))
         proposed.append(Widths(group, kept, order, tuple(q + r for q, r in parts), tuple(r for _, r in parts)))
     return proposed
 
 
-def _without(consumer: Consumer, units: Tensor) -> Tensor:
+def removal_change(consumer: Consumer, units: Tensor) -> Tensor:
     """Return the change (m, n) of a matrix that loses the columns of some units and is compensated."""
     removed = consumer.blocks[units].flatten()
     left = remove_columns(consumer.weight, consumer.a, removed, g=consumer.g).weight

@@ -6,6 +6,7 @@ reads them back, so that it plans from the very same numbers.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import cost
 from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
 from .blocks import block_candidates, removable
-from .calibrate import SAMPLES, WORK, Calibration, Meter, calibrate, plan_loss
+from .calibrate import Calibration, Meter, calibrate, plan_loss
 from .candidates import Decisions, Solver
 from .checkpoint import Run
 from .factor import factorable
@@ -62,7 +62,10 @@ class Space:
 
     def draft(self, picks: Mapping[str, int]) -> Draft:
         """Return the model of a plan before recovery."""
-        return _draft(self.model, self.decisions, picks, self.sites, self.curvature, self.solver, self.layout)
+        return apply.draft(
+            self.model, self.decisions, picks, sites=self.sites, curvature=self.curvature, solver=self.solver,
+            layout=self.layout,
+        )  # fmt: skip
 
     def shaped(self, picks: Mapping[str, int]) -> nn.Module:
         """Return a net of a plan's shape, for measurements of costs."""
@@ -71,18 +74,6 @@ class Space:
     def loss(self, picks: Mapping[str, int]) -> float:
         """Return the loss increase predicted for a whole plan, before recovery."""
         return self.calibration.whole(plan_loss(self.decisions, picks))
-
-
-def _draft(
-    model: nn.Module,
-    decisions: Decisions,
-    picks: Mapping[str, int],
-    sites: Sequence[Site],
-    curvature: Curvature,
-    solver: Solver,
-    layout: Layout,
-) -> Draft:
-    return apply.draft(model, decisions, picks, sites=sites, curvature=curvature, solver=solver, layout=layout)
 
 
 def explore(job: Job, run: Run) -> Space:
@@ -223,21 +214,18 @@ def _with_costs(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
 def _calibrated(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvature, decisions: Decisions) -> Calibration:
     known = run.get("calibration")
     if known is None:
+        draft = functools.partial(
+            apply.draft, job.model, decisions, sites=sites, curvature=curvature, solver=job.solver, layout=Layout()
+        )
         found = calibrate(
             decisions,
-            Meter(job, samples=affordable(job)),
-            lambda picks: _draft(job.model, decisions, picks, sites, curvature, job.solver, Layout()),
+            Meter(job),
+            draft,
             seed=job.seed,
             progress=lambda share, text: job.progress("calibration", share, text),
         )
         known = run.put("calibration", found.to_json())
     return Calibration.from_json(known)
-
-
-def affordable(job: Job) -> int:
-    """Return on how many samples a loss increase is measured: fewer for larger models, whatever the clock says."""
-    macs = cost.flops(job.model, *measure.positional(job.inputs)) / 2 / (measure.batch_size(job.inputs) or 1)
-    return max(16, min(SAMPLES, int(WORK / max(macs, 1.0))))
 
 
 def _fitted(job: Job, decisions: Decisions, layout: Layout, original: float) -> dict[str, Any]:
