@@ -1,8 +1,8 @@
 """What does the demo's command give, seed by seed, and does it hold on images that nobody looked at?
 
-For each seed `eke compress --task demo` runs in a fresh process. Speed, bytes and drop are those of its report. The demo's
-defaults were chosen while its report split was in sight, so each result is scored once more on the other 5 000 test
-images of Fashion-MNIST, which neither the demo nor its making ever used.
+For each seed `eke compress --task demo` runs in a fresh process. Speed, bytes and drop are those of its report. The
+demo's defaults were chosen while its report split was in sight, so each result is scored once more on the other 5 000
+test images of Fashion-MNIST, which neither the demo nor its making ever used.
 Gate: the command must have verified its result, and the images must not be those of the report split.
 
     python benchmarks/demo_seeds.py --images FOLDER_WITH_IDX_FILES [--seeds 3] [--json FILE]

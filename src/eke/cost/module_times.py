@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .forward import call
-from .latency import Clock, pinned_threads
+from .latency import Clock, keep_memory, pinned_threads
 
 
 def module_times(
@@ -56,6 +56,7 @@ def module_times(
         raise ValueError(f"{type(model).__name__} is compiled and has no modules at run time; pass model._orig_mod.")
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds must be a positive number, got {seconds!r}.")
+    keep_memory()
     with torch.no_grad(), pinned_threads(threads):
         start = clock()
         leaves = _innermost(model, inputs)
