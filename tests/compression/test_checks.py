@@ -135,7 +135,7 @@ BAD = {
     "metric of another type": (
         lambda m: run(m, batches(), evaluate=lambda m: "good"),
         TypeError,
-        r"evaluate must return a float or eke\.Counts, got str for the original model",
+        r"evaluate must return a float, eke\.Counts or eke\.compression\.Samples, got str for the original model",
     ),
     "nothing evaluated": (
         lambda m: run(m, batches(), evaluate=lambda m: Counts(0, 0)),

@@ -52,10 +52,10 @@ def change(path: str, value: object) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("extra", 1, r"Document \(schema 1\) has an unknown key 'extra'; allowed: kind, title"),
-        ("title", KeyError, r"Document \(schema 1\) lacks the key 'title'"),
-        ("schema", 7, r"reads reports of schema 1, got 7"),
-        ("schema", KeyError, r"reads reports of schema 1, got no key 'schema'"),
+        ("extra", 1, r"Document \(schema 2\) has an unknown key 'extra'; allowed: kind, title"),
+        ("title", KeyError, r"Document \(schema 2\) lacks the key 'title'"),
+        ("schema", 7, r"reads reports of schema 2, got 7"),
+        ("schema", KeyError, r"reads reports of schema 2, got no key 'schema'"),
         ("plan.3.colour", "red", r"plan\[3\] has an unknown key 'colour'"),
         ("plan.3.maturity", KeyError, r"plan\[3\] lacks the key 'maturity'"),
         ("plan.3.bytes_before", "12", r"plan\[3\]\.bytes_before must be an int, got str '12'"),
@@ -98,8 +98,8 @@ def test_wrong_parts_are_refused_when_built():
         replace(tiny(), verdict="fine")
     with pytest.raises(ValueError, match=r"score\.interval must be a tuple of 2"):
         replace(tiny(), after=Measured("net", Score(0.5, interval=(0.1, 0.2, 0.3))))
-    with pytest.raises(ValueError, match=rf"schema must be {SCHEMA}, .* got 2"):
-        replace(tiny(), schema=2)
+    with pytest.raises(ValueError, match=rf"schema must be {SCHEMA}, .* got 1"):
+        replace(tiny(), schema=1)
 
 
 def test_defaults_leave_everything_unmeasured():

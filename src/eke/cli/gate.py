@@ -21,12 +21,12 @@ from .options import DataOption, DebugOption, JsonOption, TaskOption, ThreadsOpt
 from .recipe import Recipe, of_folder
 from .session import UsageError, emit, leave, session
 from .show import draw
-from .verify import as_plain, count_opening
+from .verify import count_opening
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .._types import Counts
+    from .._types import Quality
     from ..compression import Task
     from ..report import Document
 
@@ -154,13 +154,15 @@ def compared(
     from .. import cost
     from ..compression.checks import check_batches, check_task
     from ..compression.measure import as_score, drop_between, evaluate_on
+    from ..compression.result import plain
+    from ..compression.verify import few_samples
     from ..report import BudgetLine, Document, Measured, Speedup, Verdict
 
     old, new = sides
     check_task(task, limit, old.model)
     _, batch = check_batches(task.calibration)
 
-    def score(side: Side) -> float | Counts:
+    def score(side: Side) -> Quality:
         return evaluate_on(side.model, lambda net: task.score(net, task.report), of=side.name)
 
     def run(side: Side) -> Any:
@@ -173,10 +175,8 @@ def compared(
     timed = cost.compare_latency(lambda: run(old), lambda: run(new), seconds=seconds)
     worst = drop.points if drop.interval is None else drop.interval[1]
     assert drop.limit is not None
-    unit = "points" if drop.interval else ""
-    lines = [
-        BudgetLine("drop (upper end)" if drop.interval else "drop", asked, drop.limit, worst, unit, worst <= drop.limit)
-    ]
+    name = "drop (upper end)" if drop.interval else "drop"
+    lines = [BudgetLine(name, asked, drop.limit, worst, drop.unit, worst <= drop.limit)]
     if min_speedup is not None:
         low = timed.interval[0]
         lines.append(BudgetLine("speed-up (lower end)", f"{min_speedup:g}x", min_speedup, low, "x", low > min_speedup))
@@ -196,7 +196,8 @@ def compared(
         kind="gate", title=f"{old.name} against {new.name}", eke_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         verdict=Verdict(passed, True, text), budget=tuple(lines), before=measured[0], after=measured[1], drop=drop,
-        speedups=(speedup,), environment={str(k): str(v) for k, v in cost.environment().to_json().items()},
+        speedups=(speedup,), warnings=few_samples(scores[1]),
+        environment={str(k): str(v) for k, v in cost.environment().to_json().items()},
     )  # fmt: skip
     numbers = {
         "passed": passed,
@@ -205,8 +206,8 @@ def compared(
         "limits": [asdict(line) for line in lines],
         "drop": asdict(drop),
         "speedup": asdict(speedup),
-        "old": {**asdict(measured[0]), "score": as_plain(scores[0])},
-        "new": {**asdict(measured[1]), "score": as_plain(scores[1])},
+        "old": {**asdict(measured[0]), "score": plain(scores[0])},
+        "new": {**asdict(measured[1]), "score": plain(scores[1])},
         "environment": cost.environment().to_json(),
     }
     return document, numbers

@@ -21,7 +21,6 @@ from .recipe import Recipe, of_folder
 from .session import emit, leave, session
 
 if TYPE_CHECKING:
-    from .._types import Counts
     from ..compression import Task
 
 SPLITS = ("selection", "report")
@@ -101,6 +100,7 @@ def verified(folder: pathlib.Path, recipe: Recipe, *, split: str) -> tuple[list[
     from ..compression import load
     from ..compression.artifact import read_plan, state_digest
     from ..compression.measure import evaluate_on
+    from ..compression.result import plain
     from ..cost import pinned_threads
 
     plan = read_plan(folder)
@@ -112,16 +112,9 @@ def verified(folder: pathlib.Path, recipe: Recipe, *, split: str) -> tuple[list[
         batches = getattr(task, split)
         value = evaluate_on(rebuilt, lambda net: task.score(net, batches), of=f"the artifact on the {split} split")
     weights = Check("weights file", True, "its SHA-256 is the one in plan.json")
-    score = as_plain(value)
+    score = plain(value)
     recorded = records.get("selection") if split == "selection" else count_opening(folder, task)
     return [weights, _compare_state(records.get("state_sha256"), digest), compare_scores(split, recorded, score)], score
-
-
-def as_plain(value: float | Counts) -> dict[str, Any]:
-    """Return a score as plain values: value, and correct and total for counts."""
-    if isinstance(value, float):
-        return {"value": value}
-    return {"value": value.share, "correct": value.correct, "total": value.total}
 
 
 def _compare_state(recorded: str | None, found: str) -> Check:
@@ -145,7 +138,7 @@ def compare_scores(split: str, recorded: Mapping[str, Any] | None, found: Mappin
     """
     name, now = f"score on the {split} split", _words(found)
     counted = "correct" in found
-    if recorded is None or (recorded.get("correct") is not None) != counted:
+    if recorded is None or _kind(recorded) != _kind(found):
         return Check(name, None, f"{now}; the artifact records no score of this kind to compare with")
     keys = ("correct", "total") if counted else ("value",)
     if all(math.isclose(recorded[key], found[key], rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for key in keys):
@@ -154,10 +147,15 @@ def compare_scores(split: str, recorded: Mapping[str, Any] | None, found: Mappin
     return Check(name, False, f"{now}, recorded is {_words(recorded)}{advice}")
 
 
+def _kind(score: Mapping[str, Any]) -> str:
+    """Return by what a score was made: "counts", the name of a metric, or nothing for a plain number."""
+    return "counts" if score.get("correct") is not None else str(score.get("metric") or "")
+
+
 def _words(score: Mapping[str, Any]) -> str:
     if score.get("correct") is not None:
         return f"{score['correct']}/{score['total']} = {100 * score['value']:.2f} %"
-    return f"{score['value']:.6g}"
+    return f"{_kind(score)} {score['value']:.6g}".strip()
 
 
 def count_opening(folder: pathlib.Path, task: Task) -> dict[str, Any] | None:
@@ -184,4 +182,8 @@ def count_opening(folder: pathlib.Path, task: Task) -> dict[str, Any] | None:
     splits = tuple(replace(p, opened=p.opened + 1) if p.name == "report" else p for p in document.splits)
     write_report(folder, replace(document, splits=splits))
     score = document.after.score if document.after else None
-    return None if score is None else {"value": score.value, "correct": score.correct, "total": score.total}
+    if score is None:
+        return None
+    # A plain number has no interval; what has one was made by a metric, which has a name.
+    metric = score.name if score.interval is not None else None
+    return {"value": score.value, "correct": score.correct, "total": score.total, "metric": metric}

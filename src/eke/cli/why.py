@@ -20,7 +20,7 @@ from .session import UsageError, emit, session
 from .show import console
 
 if TYPE_CHECKING:
-    from .._types import Counts
+    from .._types import Quality
     from ..compression import Option
 
 
@@ -65,8 +65,10 @@ def _plain(option: Option) -> dict[str, Any]:
     return {**vars(option), "score": None if score is None else _number(score)}
 
 
-def _number(score: float | Counts) -> float:
-    return score if isinstance(score, float) else score.share
+def _number(score: Quality) -> float:
+    from ..compression.measure import as_score
+
+    return as_score(score).value
 
 
 def _draw(options: Iterable[Option], before: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Intervals for shares and for differences of paired shares.
+"""Intervals for shares and for differences of paired shares; `spread` has those of other metrics.
 
 `wilson` (Wilson, 1927) inverts the score test of one binomial share. `paired_drop` inverts the score test of the
 difference of two dependent shares (Tango, "Equivalence test and confidence interval for the difference in proportions
@@ -13,6 +13,9 @@ from statistics import NormalDist
 
 from torch import Tensor
 
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
 
 def _quantile(confidence: float) -> float:
     """Return the two-sided standard normal quantile.
@@ -25,7 +28,7 @@ def _quantile(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def wilson(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(correct: int, total: int, *, confidence: float = 0.95) -> Interval:
     """Score interval of a binomial share.
 
     Args:
@@ -61,9 +64,7 @@ def _tango(b: int, c: int, n: int, delta: float) -> float:
     return shift / math.sqrt(variance)
 
 
-def paired_difference(
-    only_first: int, only_second: int, total: int, *, confidence: float = 0.95
-) -> tuple[float, float]:
+def paired_difference(only_first: int, only_second: int, total: int, *, confidence: float = 0.95) -> Interval:
     """Score interval of (share of the first) - (share of the second) on the same samples.
 
     Args:
@@ -96,7 +97,7 @@ def paired_difference(
     return ends[0], ends[1]
 
 
-def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) -> tuple[float, Interval]:
     """Difference of two models' shares on the same samples, with its interval.
 
     Args:
@@ -121,7 +122,7 @@ def paired_outcomes(first: Tensor, second: Tensor, *, confidence: float = 0.95) 
 
 def unpaired_difference(
     first: tuple[int, int], second: tuple[int, int], *, confidence: float = 0.95
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, Interval]:
     """Difference of two independent shares by Newcombe's hybrid score interval (Newcombe, 1998, method 10).
 
     Args:

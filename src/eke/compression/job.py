@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .._types import Batch, Counts, Evaluate, Loss
+from .._types import Batch, Evaluate, Loss, Quality
 from ..structures import Structure
 from . import measure
 from .budget import Budget
@@ -48,7 +48,7 @@ class Job:
         """Whether plans are made for time: if it is limited, or if nothing but the drop is."""
         return self.budget.latency is not None or not self.budget.limited
 
-    def score(self, model: nn.Module, *, of: str) -> float | Counts:
+    def score(self, model: nn.Module, *, of: str) -> Quality:
         """Return the score on the selection split; without one, minus the mean calibration loss."""
         if self.evaluate is not None:
             return measure.evaluate_on(model, self.evaluate, of=of)

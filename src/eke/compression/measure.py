@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from .. import cost
-from .._types import Counts, Evaluate
+from .._types import Counts, Evaluate, Quality, Samples
 from ..report import Drop, Measured, Score
 from ..structures import Structure
 from .apply import Layout, blueprint, shaped
@@ -20,6 +21,7 @@ from .candidates import Decisions
 from .deploy import Pair, fold_batchnorm_, foldable, set_memory_format_
 from .intervals import paired_outcomes, unpaired_difference, wilson
 from .plan import Term
+from .spread import influences, interval, worsening
 from .tables import Counter, designs, shapes, share_terms
 from .task import evaluating
 from .timing import Timing, fit_timing
@@ -105,7 +107,7 @@ def packed_bytes(net: nn.Module, structures: Mapping[str, Structure]) -> int:
     )
 
 
-def checked_score(value: float | Counts, *, of: str) -> float | Counts:
+def checked_score(value: Quality, *, of: str) -> Quality:
     """Refuse what is no score.
 
     Args:
@@ -116,8 +118,8 @@ def checked_score(value: float | Counts, *, of: str) -> float | Counts:
         The value.
 
     Raises:
-        TypeError: if it is neither a number nor counts.
-        ValueError: if it is not finite or counts nothing.
+        TypeError: if it is neither a number nor counts nor samples.
+        ValueError: if it is not finite, counts nothing, or rests on a single sample.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = float(value)
@@ -125,33 +127,65 @@ def checked_score(value: float | Counts, *, of: str) -> float | Counts:
         if value.total == 0:
             raise ValueError(f"evaluate counted 0 samples for {of}: pass a loader that can be iterated more than once.")
         return value
+    if isinstance(value, Samples):
+        _check_samples(value, of)
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"evaluate must return a float or eke.Counts, got {type(value).__name__} for {of}.")
+        raise TypeError(
+            f"evaluate must return a float, eke.Counts or eke.compression.Samples, got {type(value).__name__} for {of}."
+        )
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"evaluate returned {value} for {of}: check the metric and the data.")
     return float(value)
 
 
-def evaluate_on(model: nn.Module, evaluate: Evaluate, *, of: str) -> float | Counts:
+def _check_samples(value: Samples, of: str) -> None:
+    """Refuse a metric that has no value, or none without one of its samples.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not math.isfinite(value.value):
+        raise ValueError(f"The {value.metric.name} is {value.value} for {of}: check the metric and the data.")
+    if len(value.sums) < 2 or not bool(torch.isfinite(influences(value.sums, value.metric.of)[1]).all()):
+        raise ValueError(
+            f"The {value.metric.name} of {len(value.sums)} samples cannot be computed without one of them for {of}, so "
+            "it has no interval: give more samples."
+        )
+
+
+def evaluate_on(model: nn.Module, evaluate: Evaluate, *, of: str) -> Quality:
     """Return the checked score of a model, evaluated in evaluation mode."""
     with evaluating(model):
         return checked_score(evaluate(model), of=of)
 
 
-def as_number(value: float | Counts) -> float:
+def as_number(value: Quality) -> float:
     """Return a score as one number, larger is better."""
+    if isinstance(value, Samples):
+        return value.score
     return value.share if isinstance(value, Counts) else value
 
 
-def as_score(value: float | Counts, *, name: str = "accuracy") -> Score:
+def as_score(value: Quality) -> Score:
     """Return a score with its interval, as reports show it."""
     if isinstance(value, Counts):
-        interval = wilson(value.correct, value.total)
-        return Score(value.share, value.correct, value.total, interval, 0.95, "Wilson score", name)
+        ends = wilson(value.correct, value.total)
+        return Score(value.share, value.correct, value.total, ends, 0.95, "Wilson score", value.name, percent=True)
+    if isinstance(value, Samples):
+        metric, method = value.metric, f"jackknife over {len(value.sums)} samples"
+        return Score(
+            value.value,
+            interval=interval(value),
+            method=method,
+            name=metric.name,
+            lower_is_better=metric.lower_is_better,
+            percent=metric.percent,
+        )
     return Score(value, name="score")
 
 
-def drop_between(before: float | Counts, after: float | Counts, *, limit: float | None) -> Drop:
+def drop_between(before: Quality, after: Quality, *, limit: float | None) -> Drop:
     """Return by how much the second score is below the first.
 
     Args:
@@ -160,8 +194,10 @@ def drop_between(before: float | Counts, after: float | Counts, *, limit: float 
         limit: Largest allowed drop as a share (of one for counts, of the first score otherwise).
 
     Returns:
-        Points for counts (hundredths), units of the score otherwise.
+        Points for counts (hundredths), per cent of the first metric for samples, units of the score otherwise.
     """
+    if isinstance(before, Samples) and isinstance(after, Samples):
+        return _sampled_drop(before, after, limit)
     if isinstance(before, Counts) and isinstance(after, Counts):
         same = before.total == after.total and before.order == after.order
         if before.outcomes is not None and after.outcomes is not None and same:
@@ -179,7 +215,24 @@ def drop_between(before: float | Counts, after: float | Counts, *, limit: float 
     return Drop(first - second, None, 0.95, "no interval for a plain score", False, allowed, unit="")
 
 
-def as_measured(label: str, resources: Mapping[str, float], score: float | Counts | None) -> Measured:
+def _sampled_drop(before: Samples, after: Samples, limit: float | None) -> Drop:
+    """Return by how much a metric got worse, relative to what it was unless that is zero."""
+    found = worsening(before, after)
+    factor = 100.0 if found.relative else 1.0
+    allowed = None if limit is None else factor * limit * (1.0 if found.relative else abs(before.value))
+    method = f"jackknife over {len(after.sums)} samples, {'paired' if found.paired else 'unpaired'}"
+    return Drop(
+        factor * found.value,
+        (factor * found.interval[0], factor * found.interval[1]),
+        0.95,
+        method,
+        allowed is not None and factor * found.interval[1] <= allowed,
+        allowed,
+        unit="%" if found.relative else "",
+    )
+
+
+def as_measured(label: str, resources: Mapping[str, float], score: Quality | None) -> Measured:
     """Return measured costs and score as reports show them."""
     seconds = resources.get("latency")
     return Measured(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .. import cost
-from .._types import Batch, Counts, Loss
+from .._types import Batch, Loss, Quality
 from ..report import Calibrated
 from ..structures import Structure
 from .budget import Budget
@@ -50,7 +50,7 @@ class Option:
     label: str
     predicted_loss: float
     measured_loss: float | None
-    score: float | Counts | None
+    score: Quality | None
     bytes: float
     seconds: float
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from .. import cost
-from .._types import Batch, Counts, Evaluate, Loss
+from .._types import Batch, Evaluate, Loss, Quality
 from ..structures import Structure
 from . import apply, measure
 from .budget import Budget
@@ -188,7 +188,7 @@ def front(
     return [replace(result, front=points) for result in results]
 
 
-def _selection(job: Job, notes: list[str]) -> float | Counts:
+def _selection(job: Job, notes: list[str]) -> Quality:
     """Return the original's score on the selection split."""
     selection = job.score(job.model, of="the original model")
     if job.report is None:
@@ -201,7 +201,7 @@ def _verified(
     prepared: Prepared,
     space: Space,
     found: tuple[Planned, nn.Module],
-    scores: Mapping[str, float | Counts],
+    scores: Mapping[str, Quality],
     *,
     recipe: Mapping[str, Any] | None,
     title: str | None,
@@ -214,7 +214,7 @@ def _verified(
     return Result(net, planned.plan, job.budget, blueprint, evidence, dict(recipe or {}), name)
 
 
-def _settled(job: Job, space: Space, run: Run, selection: float | Counts) -> tuple[Planned, nn.Module, float | Counts]:
+def _settled(job: Job, space: Space, run: Run, selection: Quality) -> tuple[Planned, nn.Module, Quality]:
     """Carry out the first plan that keeps what was asked.
 
     Returns:
@@ -245,7 +245,7 @@ def _settled(job: Job, space: Space, run: Run, selection: float | Counts) -> tup
     return settled
 
 
-def _kept(job: Job, before: float | Counts, after: float | Counts) -> bool:
+def _kept(job: Job, before: Quality, after: Quality) -> bool:
     """Return whether the drop on the selection split keeps its limit."""
     drop = measure.drop_between(before, after, limit=job.budget.drop)
     return drop.limit is None or drop.points <= drop.limit
@@ -275,7 +275,7 @@ def _lessons(job: Job, run: Run) -> Lessons:
 
 def _recovered(
     job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str
-) -> tuple[nn.Module, float | Counts]:
+) -> tuple[nn.Module, Quality]:
     """Return the cut, recovered net on its grids, and the score that it had before recovery."""
     planned = space.draft(plan.picks)
     net, form = planned.net, planned.blueprint

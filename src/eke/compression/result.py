@@ -11,13 +11,14 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from .._types import Counts
+from .._types import Counts, Quality, Samples
 from .._version import __version__
 from ..report import (
     BudgetLine,
     Calibrated,
     Control,
     Document,
+    Drop,
     FrontPoint,
     Measured,
     PlanLine,
@@ -26,6 +27,7 @@ from ..report import (
     Split,
     Verdict,
     html,
+    wording,
 )
 from .artifact import Blueprint, save
 from .budget import RESOURCES, Budget, show
@@ -65,7 +67,7 @@ class Evidence:
 
     before: Mapping[str, float]
     after: Mapping[str, float]
-    scores: Mapping[str, float | Counts]
+    scores: Mapping[str, Quality]
     speedups: tuple[Speedup, ...]
     plan: tuple[PlanLine, ...]
     rounds: tuple[Round, ...]
@@ -147,14 +149,8 @@ class Result:
             The folder.
         """
         folder = pathlib.Path(folder)
-        score = self.evidence.scores["selection after"]
-        selection = (
-            {"value": score.share, "correct": score.correct, "total": score.total}
-            if isinstance(score, Counts)
-            else {"value": score}
-        )
         decisions = [{"site": line.site, "change": line.change} for line in self.evidence.plan]
-        checks = {"selection": selection, "threads": self.evidence.threads}
+        checks = {"selection": plain(self.evidence.scores["selection after"]), "threads": self.evidence.threads}
         with together(folder) as staged:
             save(staged, self.model, self.blueprint, decisions=decisions, checks=checks)
             text = yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True)
@@ -207,9 +203,8 @@ def budget_lines(budget: Budget, evidence: Evidence) -> tuple[BudgetLine, ...]:
     lines = []
     if budget.drop is not None:
         drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=budget.drop)
-        points = isinstance(evidence.scores["before"], Counts)
         met = drop.limit is not None and drop.points <= drop.limit
-        lines.append(BudgetLine("drop", str(budget.max_drop), drop.limit, drop.points, "points" if points else "", met))
+        lines.append(BudgetLine("drop", str(budget.max_drop), drop.limit, drop.points, drop.unit, met))
     for name in RESOURCES:
         limit = budget.limit(name, before=evidence.before[name])
         if limit is not None:
@@ -228,13 +223,38 @@ def _sentence(result: Result, lines: Sequence[BudgetLine], *, verified: bool) ->
     smaller = evidence.before["size"] / evidence.after["size"]
     faster = f"{speed.ratio:.2f}x faster" if speed.claimed else "no speed-up that could be claimed"
     drop = drop_between(evidence.scores["before"], evidence.scores["after"], limit=result.budget.drop)
-    unit = "points" if isinstance(evidence.scores["before"], Counts) else "of the score"
-    lost = f"{abs(drop.points):.2f}" if unit == "points" else f"{abs(drop.points):.3g}"
-    change = f"{lost} {unit} {'lost' if drop.points > 0 else 'gained'}"
+    change = _change(evidence.scores["before"], evidence.scores["after"], drop)
     missed = [line.name for line in lines if not line.met]
     over = f" Over the limit: {', '.join(missed)}." if missed else ""
     first = f"{faster}, file {smaller:.1f}x smaller, {change}."
     return f"{first[0].upper()}{first[1:]}{over} {_VERIFIED if verified else _UNVERIFIED}"
+
+
+def _change(before: Quality, after: Quality, drop: Drop) -> str:
+    """Return what became of the quality, in words."""
+    if isinstance(before, Samples) and isinstance(after, Samples):
+        values = f"{wording.score(as_score(before))} to {wording.score(as_score(after))}"
+        much = wording.difference(abs(drop.points), drop.unit)
+        return f"{before.metric.name} {values} ({much} {'worse' if drop.points > 0 else 'better'})"
+    unit = "points" if drop.unit == "points" else "of the score"
+    lost = f"{abs(drop.points):.2f}" if drop.unit == "points" else f"{abs(drop.points):.3g}"
+    return f"{lost} {unit} {'lost' if drop.points > 0 else 'gained'}"
+
+
+def plain(score: Quality) -> dict[str, Any]:
+    """Return a score as plain values, to be recorded and compared with.
+
+    Args:
+        score: The score.
+
+    Returns:
+        The value, with correct and total of counts, or with the metric's name and the number of samples.
+    """
+    if isinstance(score, Counts):
+        return {"value": score.share, "correct": score.correct, "total": score.total}
+    if isinstance(score, Samples):
+        return {"value": score.value, "metric": score.metric.name, "samples": len(score.sums)}
+    return {"value": score}
 
 
 def document(result: Result, *, verified: bool) -> Document:

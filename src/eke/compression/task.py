@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._types import Batch, Counts, Loss
+from .._types import Batch, Counts, Loss, Quality
 
 Forward = Callable[[nn.Module, Batch], Any]
 """`forward(model, batch)`: the model's outputs for a batch."""
 
-Score = Callable[[nn.Module, Iterable[Batch]], float | Counts]
+Score = Callable[[nn.Module, Iterable[Batch]], Quality]
 """`score(model, batches)`: larger is better."""
 
 _LABELS = ("labels", "label", "targets", "target")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import cost
-from .._types import Counts
+from .._types import Counts, Quality, Samples
 from ..report import Calibrated, PlanLine, Speedup, Split
 from ..sites import find
 from ..structures import NM, Both, LowRank, Rows, Structure, UniformGrid, Unstructured
@@ -25,6 +25,7 @@ from .plan import Plan
 from .result import Evidence
 from .rounds import Planned
 from .space import STATISTICS, Space
+from .spread import FEW
 from .task import evaluating
 
 
@@ -36,7 +37,7 @@ def verify(
     *,
     found: Planned,
     run: Run,
-    scores: Mapping[str, float | Counts],
+    scores: Mapping[str, Quality],
     notes: Sequence[str] = (),
 ) -> Evidence:
     """Measure the result against the original and open the report split.
@@ -80,9 +81,11 @@ def verify(
     before = {**space.before, "latency": first.a.lower_quartile}
     after["latency"] = before["latency"] / first.ratio
     scores |= _reported(job, run, {"before": job.model, "after": net, "folded": base}, scores)
-    warnings = []
+    warnings: list[str] = []
     needed = samples_to_prove(job.budget.drop) if job.budget.drop is not None else 0
-    total = scores["after"].total if isinstance(scores["after"], Counts) else None
+    after_score = scores["after"]
+    total = after_score.total if isinstance(after_score, Counts) else None
+    warnings += few_samples(after_score)
     if total is not None and total < needed:
         warnings.append(
             f"{total} report samples cannot prove a drop of at most {job.budget.max_drop}: {needed} are needed."
@@ -118,15 +121,14 @@ def calibrated(calibration: Calibration) -> tuple[Calibrated, ...]:
     return (*alone, *whole)
 
 
-def _reported(
-    job: Job, run: Run, models: Mapping[str, nn.Module], scores: Mapping[str, float | Counts]
-) -> dict[str, float | Counts]:
+def _reported(job: Job, run: Run, models: Mapping[str, nn.Module], scores: Mapping[str, Quality]) -> dict[str, Quality]:
     """Return all scores on the report split, opened once for all; a continued run does not open it again."""
     if job.report is None:
         before = scores["selection before"]
         return {"before": before, "after": scores["selection after"], "folded": before}
     stored = run.get("report")
-    if stored is None:
+    like = scores["selection before"]
+    if stored is None or not all(_readable(value, like) for value in stored.values()):
         job.progress("verify", 0.7, "opening the report split")
         run.opening("report")
         names = {
@@ -139,21 +141,43 @@ def _reported(
             for label, model in models.items()
         }
         stored = run.put("report", {label: _plain(score) for label, score in found.items()})
-    return {label: _score(value) for label, value in stored.items()}
+        # As it is read back: a run that is continued must end with the same.
+        like = found["before"]
+    return {label: _score(value, like) for label, value in stored.items()}
 
 
-def _plain(score: float | Counts) -> float | dict[str, Any]:
+def few_samples(score: Quality) -> tuple[str, ...]:
+    """Return the warning that intervals from so few samples may promise too much, if they are few."""
+    if not isinstance(score, Samples) or len(score.sums) >= FEW:
+        return ()
+    return (
+        f"The {score.metric.name} rests on {len(score.sums)} samples: intervals hold their 95 % from about {FEW} on, "
+        "and miss more often below where a few samples weigh much.",
+    )
+
+
+def _readable(value: float | dict[str, Any], like: Quality) -> bool:
+    """Return whether a recorded score can be read: samples need their metric, which the selection's score brings."""
+    name = value.get("metric") if isinstance(value, dict) else None
+    return name is None or (isinstance(like, Samples) and like.metric.name == name)
+
+
+def _plain(score: Quality) -> float | dict[str, Any]:
+    if isinstance(score, Samples):
+        return {"metric": score.metric.name, "sums": score.sums.tolist(), "order": score.order}
     if not isinstance(score, Counts):
         return score
     outcomes = None if score.outcomes is None else [int(right) for right in score.outcomes]
-    return {"correct": score.correct, "total": score.total, "outcomes": outcomes, "order": score.order}
+    return {**vars(score), "outcomes": outcomes}
 
 
-def _score(value: float | dict[str, Any]) -> float | Counts:
+def _score(value: float | dict[str, Any], like: Quality) -> Quality:
     if not isinstance(value, dict):
         return value
+    if isinstance(like, Samples) and value.get("metric") == like.metric.name:
+        return Samples(torch.tensor(value["sums"], dtype=torch.float64), like.metric, value["order"])
     outcomes = None if value["outcomes"] is None else torch.tensor(value["outcomes"], dtype=torch.bool)
-    return Counts(value["correct"], value["total"], outcomes, value["order"])
+    return Counts(**{**value, "outcomes": outcomes})
 
 
 class _Alone:
@@ -264,9 +288,11 @@ def described(structure: Structure | None, shape: tuple[int, int]) -> str:
     return repr(structure)
 
 
-def _splits(job: Job, scores: Mapping[str, float | Counts], openings: Mapping[str, int]) -> tuple[Split, ...]:
+def _splits(job: Job, scores: Mapping[str, Quality], openings: Mapping[str, int]) -> tuple[Split, ...]:
     def total(label: str) -> int | None:
         score = scores[label]
+        if isinstance(score, Samples):
+            return len(score.sums)
         return score.total if isinstance(score, Counts) else None
 
     uses = {

@@ -8,7 +8,7 @@ points a list box: one tab stop, arrow keys move along the cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from . import wording
@@ -61,20 +61,23 @@ def known_costs(points: Sequence[FrontPoint]) -> list[tuple[str, str]]:
     return [(name, key) for name, key, known in counted if known >= 2]
 
 
-def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool) -> Markup:
+def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool, lower_is_better: bool = False) -> Markup:
     """Draw quality over one cost.
 
     Args:
         points: The points; those without a score or this cost are left out.
         cost: Field of `FrontPoint`, one of "milliseconds", "bytes", "flops".
         as_percent: Whether scores are written as per cent.
+        lower_is_better: Whether the lowest score is the best one; it is drawn at the top all the same.
 
     Returns:
         The drawing.
     """
     name, _, write_x = next(c for c in COSTS if c[1] == cost)
-    write_y = wording.percent if as_percent else lambda v: wording.number(v, 4)
-    used = [(i, p) for i, p in enumerate(points) if p.score is not None and getattr(p, cost) is not None]
+    plain = wording.percent if as_percent else lambda v: wording.number(v, 4)
+    write_y = (lambda v: plain(-v)) if lower_is_better else plain
+    upwards = [_mirrored(p) for p in points] if lower_is_better else points
+    used = [(i, p) for i, p in enumerate(upwards) if p.score is not None and getattr(p, cost) is not None]
     x = fit([getattr(p, cost) for _, p in used], 92, WIDTH - 28)
     heights = [v for _, p in used for v in (p.score, *(p.score_interval or ())) if v is not None]
     y = fit(heights, HEIGHT - 62, 22, log=False)
@@ -82,7 +85,7 @@ def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool) ->
     placed.sort(key=lambda p: p.x)
     back: list[Markup | str] = [*grid(x, y, (write_x, write_y))]
     back += [label((x.start + x.end) / 2, HEIGHT - 12, name + (", logarithmic" if x.log else ""), "title")]
-    back += [label(x.start, 12, "quality", "title", "start")]
+    back += [label(x.start, 12, "lower is better" if lower_is_better else "quality", "title", "start")]
     back += [_steps(placed), *_whiskers(placed, y)]
     told = f"{len(placed)} models, quality upwards, {name} to the right; up and to the left is better."
     attributes, title, description = picture(f"front-{cost}", f"Quality against {name}", told)
@@ -90,6 +93,16 @@ def front_chart(points: Sequence[FrontPoint], cost: str, *, as_percent: bool) ->
     options = [_option(p, first=i == 0) for i, p in enumerate(placed)]
     listed = h("g", {"role": "listbox", "aria-label": f"Models by {name}", "aria-orientation": "horizontal"}, options)
     return svg(WIDTH, HEIGHT, {"class": "chart front"}, axes, listed)
+
+
+def _mirrored(point: FrontPoint) -> FrontPoint:
+    """Return the point with its score below zero, so that the best one is the highest."""
+    ends = point.score_interval
+    return replace(
+        point,
+        score=None if point.score is None else -point.score,
+        score_interval=None if ends is None else (-ends[1], -ends[0]),
+    )
 
 
 def _place(index: int, point: FrontPoint, cost: str, scales: tuple[Scale, Scale], write: tuple) -> Placed:  # type: ignore[type-arg]

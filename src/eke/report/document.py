@@ -5,7 +5,8 @@ immutable, holds numbers and strings alone, and its JSON is strict: an unknown k
 number that is not finite is refused by name, so that a report read back is the report that was written.
 
 Units are in the names or here: bytes, milliseconds, FLOPs (2 a multiply-add), scores and shares as fractions of one,
-drops in points (hundredths of one for an accuracy, the metric's own unit otherwise), losses in the loss's own unit.
+drops in points (hundredths of one) for an accuracy, in per cent of the first model's value for a metric of samples, in
+the score's own unit otherwise; losses in the loss's own unit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self
 
 from .strict import build, check
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the JSON this file reads and writes."""
 
 Interval = tuple[float, float]
@@ -55,7 +56,7 @@ class BudgetLine:
 
 @dataclass(frozen=True)
 class Score:
-    """A quality, larger is better; with counts it is shown as k/n with its interval.
+    """A quality; with counts it is shown as k/n with its interval.
 
     Args:
         value: The score; a fraction of one for an accuracy.
@@ -65,6 +66,8 @@ class Score:
         confidence: Of the interval, such as 0.95.
         method: How the interval was made, such as "Wilson".
         name: What is scored.
+        lower_is_better: Whether less of it is better.
+        percent: Whether it is shown as per cent.
     """
 
     value: float
@@ -74,6 +77,8 @@ class Score:
     confidence: float = 0.95
     method: str = ""
     name: str = "accuracy"
+    lower_is_better: bool = False
+    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Drop:
-    """How many points the second model is below the first; negative when it is above.
+    """How much worse the second model is than the first; negative when it is better.
 
     Args:
         points: The measured difference.
@@ -101,7 +106,8 @@ class Drop:
         method: How the interval was made, such as "paired bootstrap".
         proved: Whether the whole interval lies within `limit`: a statistical statement, and shown as one.
         limit: The largest drop that was allowed, in points.
-        unit: "points" for shares, "" for a score with a unit of its own; then all numbers here are in that.
+        unit: "points" for counts, "%" of the first model's value, "" for the score's own unit; all numbers here are in
+            it.
     """
 
     points: float

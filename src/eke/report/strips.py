@@ -51,7 +51,7 @@ def drop_plot(drop: Drop) -> Markup:
         ]
         parts += [
             line(at, 22, at, base, "limit"),
-            label(at, 15, f"limit {wording.difference(limit, drop.unit).removesuffix(' points')}", "strong"),
+            label(at, 15, f"limit {_limit(limit, drop.unit)}", "strong"),
         ]
     for value in scale.ticks(6):
         parts += [line(scale.at(value), base, scale.at(value), base + 6, "axis")]
@@ -59,8 +59,19 @@ def drop_plot(drop: Drop) -> Markup:
     parts += [line(8, base, 752, base, "axis"), line(scale.at(0), 34, scale.at(0), base, "zero")]
     parts += _whisker(scale, ends, middle, 9) if drop.interval else []
     parts += [h("circle", {"cx": scale.at(drop.points), "cy": middle, "r": 7, "class": "dot"})]
-    parts += [label(380, base + 50, "points lost (to the left of zero: gained)", "tick")]
+    parts += [label(380, base + 50, _LOST[drop.unit], "tick")]
     return svg(760, 154, {**attributes, "class": "chart drop"}, *parts)
+
+
+_LOST = {
+    "points": "points lost (to the left of zero: gained)",
+    "%": "per cent worse than before (to the left of zero: better)",
+    "": "lost, in the unit of the score (to the left of zero: gained)",
+}
+
+
+def _limit(limit: float, unit: str) -> str:
+    return wording.difference(limit, unit).removesuffix(" points").removesuffix(" relative")
 
 
 def _whisker(scale: Scale, ends: Interval, y: float, tall: float) -> list[Markup]:

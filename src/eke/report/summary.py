@@ -132,7 +132,14 @@ def _score_entry(before: Measured | None, after: Measured | None) -> Markup | No
         details.append(
             h("p", {"class": "from"}, f"from {wording.score(before.score)}" + (f", {shown}" if shown else ""))
         )
-    return _item(last.name.capitalize(), "measured", h("p", {"class": "big"}, wording.score(last)), details)
+    return _item(
+        _sentence_case(wording.score_name(last)), "measured", h("p", {"class": "big"}, wording.score(last)), details
+    )
+
+
+def _sentence_case(text: str) -> str:
+    """Return the text with its first letter large and the others, such as those of names, as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def _entry(title: str, before: Measured | None, after: Measured | None, name: str, write: Write) -> Markup | None:

@@ -40,6 +40,8 @@ def front(document: Document, rows: int) -> Markup:
     scored = [m.score for m in (document.before, document.after) if m is not None and m.score is not None]
     known = [p.score for p in points if p.score is not None]
     as_percent = wording.is_share(scored[0]) if scored else all(0 <= s <= 1 for s in known)
+    lower = bool(scored) and scored[0].lower_is_better
+    quality = wording.score_name(scored[0]) if lower else "quality"
     costs = charts.known_costs(points)
     buttons = [
         h("button", {"type": "button", "data-axis": key, "aria-pressed": "true" if i == 0 else "false"}, name)
@@ -51,7 +53,12 @@ def front(document: Document, rows: int) -> Markup:
         buttons,
     )
     figures = [
-        h("figure", {"data-cost": key}, charts.front_chart(points, key, as_percent=as_percent)) for _, key in costs
+        h(
+            "figure",
+            {"data-cost": key},
+            charts.front_chart(points, key, as_percent=as_percent, lower_is_better=lower),
+        )
+        for _, key in costs
     ]
     panel = h(
         "div",
@@ -64,7 +71,7 @@ def front(document: Document, rows: int) -> Markup:
         figures,
         _legend(points),
         panel if costs else None,
-        _front_table(points, rest, as_percent),
+        _front_table(points, rest, as_percent, quality),
     ])
 
 
@@ -76,12 +83,12 @@ def _legend(points: Sequence[FrontPoint]) -> Markup:
     return h("ul", {"class": "legend"}, items)
 
 
-def _front_table(points: Sequence[FrontPoint], rest: str, as_percent: bool) -> Markup:
+def _front_table(points: Sequence[FrontPoint], rest: str, as_percent: bool, quality: str) -> Markup:
     write = wording.percent if as_percent else lambda v: wording.number(v, 4)
     columns = [
         Column("Model"),
         Column("Kind"),
-        Column("Quality", True),
+        Column(quality[:1].upper() + quality[1:], True),
         Column("Interval"),
         Column("Latency", True),
         Column("Size", True),

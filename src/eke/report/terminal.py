@@ -82,7 +82,7 @@ def _comparison(document: Document) -> Table:
 
 
 def _score_name(models: list[Measured]) -> str:
-    return next((m.score.name for m in models if m.score is not None), "score")
+    return next((wording.score_name(m.score) for m in models if m.score is not None), "score")
 
 
 def _budget(document: Document) -> Table:

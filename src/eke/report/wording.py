@@ -91,7 +91,9 @@ def points(value: float) -> str:
 
 
 def difference(value: float, unit: str) -> str:
-    """Return a difference in points, or with three significant digits in a score's own unit."""
+    """Return a difference in points, in per cent of what it refers to, or in a score's own unit."""
+    if unit == "%":
+        return f"{points(value)}{NBSP}% relative"
     return f"{points(value)} points" if unit == "points" else f"{value:.3g} {unit}".replace("-", "\u2212").strip()
 
 
@@ -112,7 +114,12 @@ def level(confidence: float) -> str:
 
 def is_share(score: Score) -> bool:
     """Return whether a score reads as per cent."""
-    return score.total is not None or (score.name == "accuracy" and 0 <= score.value <= 1)
+    return score.total is not None or score.percent or (score.name == "accuracy" and 0 <= score.value <= 1)
+
+
+def score_name(score: Score) -> str:
+    """Return what is scored, and its direction where less is better."""
+    return f"{score.name}, lower is better" if score.lower_is_better else score.name
 
 
 def score(value: Score) -> str:
@@ -135,7 +142,9 @@ def drop_detail(value: Drop) -> str:
     """Return the interval of a drop and how it was made."""
     if value.interval is None:
         return "no interval"
-    return f"{span(value.interval, points)} ({_how(value.method, value.confidence)})"
+    write = number if not value.unit else points
+    per_cent = f"{NBSP}%" if value.unit == "%" else ""
+    return f"{span(value.interval, write)}{per_cent} ({_how(value.method, value.confidence)})"
 
 
 def speed_detail(value: Speedup) -> str:
@@ -156,6 +165,6 @@ def quantity(value: float, unit: str) -> str:
     known = {"bytes": size, "B": size, "ms": duration, "milliseconds": duration, "FLOPs": count, "parameters": count}
     if unit in known:
         return known[unit](value)
-    if unit == "points":
-        return f"{points(value)}{NBSP}points"
+    if unit in {"points", "%"}:
+        return f"{points(value)}{NBSP}{unit}"
     return f"{number(value)}{NBSP}{unit}" if unit else number(value)
