@@ -184,7 +184,7 @@ def test_the_demo_has_limits_of_its_own(eke, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "_run", stop)
     eke("compress", "--task", "demo", "--out", tmp_path / "r", code=130)
     eke("compress", "--task", "demo", "--size", "0.5x", "--out", tmp_path / "r", code=130)
-    assert seen == [verb.DEMO_BUDGET, {"size": "0.5x"}]
+    assert seen == [verb.BUDGETS["demo"], {"size": "0.5x"}]
 
 
 @pytest.mark.slow

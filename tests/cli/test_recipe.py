@@ -100,7 +100,7 @@ def test_what_an_artifact_from_python_holds_is_no_error(tmp_path):
         ({"threads": True}, "it: threads must be a whole number or null, got True"),
         ({"skip": "a"}, "it: skip must be a list of names, got 'a'"),
         ({"model": 3}, "it: model must be text or null, got 3"),
-        ({"task": "dem"}, r"There is no embedded task 'dem'\. Did you mean 'demo'\?"),
+        ({"task": "dem"}, r"There is no task 'dem'\. Did you mean 'demo'\?"),
         ({"task": "demo", "model": "a.py:b"}, "--task demo brings its own model and data, got 'a.py:b' beside it"),
         ([1], r"it must hold keys and values, got list \[1\]"),
     ],

@@ -28,8 +28,16 @@ if TYPE_CHECKING:
     from ..compression import Result
     from ..report import Document
 
-DEMO_BUDGET = {"max_drop": "1%", "latency": "0.27x", "size": "1/15.1x"}
-"""What the demo is asked for when nothing else is."""
+BUDGETS = {
+    "demo": {"max_drop": "1%", "latency": "0.27x", "size": "1/15.1x"},
+    "minilm": {"max_drop": "5%", "size": "0.25x"},
+    "g2p": {"max_drop": "1%", "size": "0.25x"},
+    "crepe": {"max_drop": "1%", "latency": "0.67x", "size": "0.25x"},
+    "mtcnn-pnet": {"max_drop": "5%", "size": "0.5x"},
+    "mtcnn-rnet": {"max_drop": "5%", "latency": "0.67x", "size": "0.25x"},
+    "mtcnn-onet": {"max_drop": "5%", "latency": "0.67x", "size": "0.25x"},
+}
+"""What a task is asked for when nothing else is."""
 
 MET, FAILED, NOT_MET = 0, 1, 3
 RUN = ".run"
@@ -97,8 +105,8 @@ def compress(
         wanted = wanted.with_flags(
             limits, steps=steps, seed=seed, threads=threads, seconds=seconds, skip=tuple(skip) if skip else None
         )
-        if wanted.task == "demo" and not wanted.budget:
-            wanted = replace(wanted, budget=DEMO_BUDGET)
+        if wanted.task is not None and not wanted.budget:
+            wanted = replace(wanted, budget=BUDGETS[wanted.task])
         base = None if recipe is None else recipe.absolute().parent
         if front is not None or nested:
             check_front(front, out, resume=resume)

@@ -136,9 +136,9 @@ def load_model(recipe: Recipe, *, folder: pathlib.Path | None = None) -> nn.Modu
     from torch import nn
 
     if recipe.task is not None:
-        from ..demo import build
+        from ..demo import WITNESSES
 
-        return build()
+        return WITNESSES[recipe.task].build()
     if recipe.model is None:
         raise UsageError(
             f"No model was given, got {recipe.model!r}: write FILE.py:FUNCTION (my_model.py:build) or --task demo."
@@ -180,9 +180,9 @@ def load_task(recipe: Recipe, *, folder: pathlib.Path | None = None) -> Task:
     from ..compression import Task
 
     if recipe.task is not None:
-        from ..demo import task
+        from ..demo import WITNESSES
 
-        return task()
+        return WITNESSES[recipe.task].task()
     if recipe.data is None:
         raise UsageError(f"No data were given, got {recipe.data!r}: add --data FILE.py:FUNCTION (my_data.py:loaders).")
     if recipe.data.startswith("torchvision:"):

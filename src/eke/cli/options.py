@@ -24,7 +24,10 @@ DataOption = Annotated[
     ),
 ]
 TaskOption = Annotated[
-    str | None, typer.Option("--task", metavar="demo", help="The embedded model and its data.", show_default=False)
+    str | None,
+    typer.Option(
+        "--task", metavar="NAME", help="A trained network with its data: demo, or a published one.", show_default=False
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

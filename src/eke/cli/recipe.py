@@ -33,7 +33,9 @@ BUDGET = ("max_drop", "latency", "size", "macs", "parameters", "peak_memory")
 RECOVERY = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup", "grid_from", "hidden")
 """Numbers of `eke.compression.Recovery`."""
 
-TASKS = ("demo",)
+TASKS = ("demo", "minilm", "g2p", "crepe", "mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet")
+"""Trained networks with data, as `eke.demo.WITNESSES` has them."""
+
 FILE = "recipe.yaml"
 _SECTIONS = {"budget": BUDGET, "recovery": RECOVERY}
 
@@ -45,7 +47,7 @@ class Recipe:
     Args:
         model: FILE.py:FUNCTION or torchvision:NAME.
         data: FILE.py:FUNCTION.
-        task: "demo" instead of a model and data.
+        task: One of `TASKS` instead of a model and data.
         budget: Limits by name, as typed.
         recovery: Numbers of the recovery.
         seed: Of recovery and measurements.
@@ -66,7 +68,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.task is not None:
-            check(self.task, TASKS, "There is no embedded task")
+            check(self.task, TASKS, "There is no task")
             if self.model or self.data:
                 raise UsageError(
                     f"--task {self.task} brings its own model and data, got {self.model or self.data!r} beside it: "

@@ -1,8 +1,9 @@
-"""The embedded task: a trained network with real images, small enough to compress in two minutes."""
+"""Tasks with trained networks: one embedded, small enough to compress in two minutes, and published ones on demand."""
 
 from __future__ import annotations
 
 from .network import Network
 from .task import build, images, task
+from .witnesses import WITNESSES, Witness
 
-__all__ = ["Network", "build", "images", "task"]
+__all__ = ["WITNESSES", "Network", "Witness", "build", "images", "task"]
