@@ -5,16 +5,18 @@ that need the score. Report: opened once, at the end, for the numbers that are p
 
 A batch is `(inputs, targets)`, where inputs is a tensor or a tuple of tensors, or a dictionary of keyword arguments
 whose entry `labels` (or `label`) holds the targets. Anything else works with an own `forward`, `loss` and `score`.
+`metrics` and its neighbours have losses and scores for other tasks than classification.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ Forward = Callable[[nn.Module, Batch], Any]
 
 Score = Callable[[nn.Module, Iterable[Batch]], Quality]
 """`score(model, batches)`: larger is better."""
+
+Counting = TypeVar("Counting", bound=Callable[..., Counts])
 
 _LABELS = ("labels", "label", "targets", "target")
 
@@ -75,7 +79,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The tensor of logits in a model's outputs: itself, `.logits`, ["logits"], or the first tensor.
+    """The tensor of logits in a model's outputs: itself, `.logits`, ["logits"], ["out"], or the first tensor.
 
     Args:
         outputs: What a model returned.
@@ -88,7 +92,10 @@ def logits_of(outputs: Any) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(outputs, Mapping):
+        found = outputs.get("logits", outputs.get("out"))
+    else:
+        found = getattr(outputs, "logits", None)
     if found is None and isinstance(outputs, (tuple, list)) and outputs:
         found = outputs[0]
     if not isinstance(found, Tensor):
@@ -98,7 +105,18 @@ def logits_of(outputs: Any) -> Tensor:
     return found
 
 
-def _with_targets(batch: Batch) -> Tensor:
+def targets_of(batch: Batch) -> Tensor:
+    """The tensor of targets in a batch.
+
+    Args:
+        batch: See `split_batch`.
+
+    Returns:
+        Targets, (batch, ...).
+
+    Raises:
+        TypeError: if there is none.
+    """
     _, targets = split_batch(batch)
     if not isinstance(targets, Tensor):
         raise TypeError(
@@ -122,7 +140,7 @@ def cross_entropy(model: nn.Module, batch: Batch, *, forward: Forward = forward)
     Raises:
         ValueError: if targets and logits do not fit.
     """
-    targets, logits = _with_targets(batch), logits_of(forward(model, batch))
+    targets, logits = targets_of(batch), logits_of(forward(model, batch))
     classes = logits.shape[1] if logits.ndim > 1 else 0
     if targets.dtype != torch.long or logits.ndim < 2 or targets.shape[:1] != logits.shape[:1]:
         raise ValueError(
@@ -157,6 +175,20 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
 
 
+def counting(score: Counting) -> Counting:
+    """Mark a score that counts one sample once, right or wrong: how many samples prove a drop is then known beforehand.
+
+    Args:
+        score: The function.
+
+    Returns:
+        The function.
+    """
+    score.counts_samples = True  # type: ignore[attr-defined]
+    return score
+
+
+@counting
 def accuracy(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = forward) -> Counts:
     """Share of samples whose largest logit is the target, the default score.
 
@@ -182,8 +214,8 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = f
                     f"accuracy needs logits (batch, classes), got {tuple(logits.shape)} in batch {index}: pass your "
                     "own score=, where each sample counts once."
                 )
-            order.update(_with_targets(batch).detach().cpu().contiguous().numpy().tobytes())
-            outcomes.append((logits.argmax(1) == _with_targets(batch)).flatten())
+            order.update(targets_of(batch).detach().cpu().contiguous().numpy().tobytes())
+            outcomes.append((logits.argmax(1) == targets_of(batch)).flatten())
     if not outcomes:
         raise ValueError("The evaluation got 0 batches: pass a list or a DataLoader, not an iterator that is used up.")
     right = torch.cat(outcomes)
@@ -200,7 +232,7 @@ class Task:
         report: Batches for the published numbers.
         loss: Mean loss of a batch.
         score: Score of a model on batches.
-        forward: Calls the model on a batch; the default loss and score call the model in the same way.
+        forward: Calls the model on a batch; eke's losses and scores call the model in the same way.
         name: Shown in reports.
     """
 
@@ -215,12 +247,20 @@ class Task:
     def __post_init__(self) -> None:
         if self.forward is forward:
             return
-        if self.loss is cross_entropy:
-            object.__setattr__(self, "loss", functools.partial(cross_entropy, forward=self.forward))
-        if self.score is accuracy:
-            object.__setattr__(self, "score", functools.partial(accuracy, forward=self.forward))
+        for name in ("loss", "score"):
+            if _calls_by_default(getattr(self, name)):
+                object.__setattr__(self, name, functools.partial(getattr(self, name), forward=self.forward))
 
     @property
     def counts_samples(self) -> bool:
-        """Whether the score is `accuracy`, which counts one sample once."""
-        return getattr(self.score, "func", self.score) is accuracy
+        """Whether the score is one of eke's that counts one sample once, right or wrong."""
+        return bool(getattr(getattr(self.score, "func", self.score), "counts_samples", False))
+
+
+def _calls_by_default(function: Callable[..., Any]) -> bool:
+    """Return whether a loss or score takes `forward` and calls the model as batches are called by default."""
+    try:
+        parameter = inspect.signature(function).parameters.get("forward")
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.default is forward

@@ -3,7 +3,7 @@
 The room knows nothing of eke and nothing of torch: `Document` is numbers and words, `html` and `terminal` draw it.
 """
 
-from . import html, terminal, wording
+from . import html, terminal
 from .document import (
     SCHEMA,
     BudgetLine,
@@ -40,5 +40,4 @@ __all__ = [
     "Verdict",
     "html",
     "terminal",
-    "wording",
 ]
