@@ -112,6 +112,107 @@ class Recurrent(nn.Module):
         return self.head(torch.tanh(self.hidden(states[:, -1])))
 
 
+class Stacked(nn.Module):
+    """Two bidirectional GRU layers whose outputs and final states are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.gru = nn.GRU(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.norm = nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 3)
+        self.other = nn.Linear(24, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, last = self.gru(self.embedding(tokens))
+        return self.head(self.norm(states.mean(1))) + self.other(last.transpose(0, 1).flatten(1))
+
+
+class Decoder(nn.Module):
+    """A GRU layer whose final state starts a GRU cell that reads its own state step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.encoder = nn.LSTM(5, 7, batch_first=True)
+        self.bridge = nn.Linear(7, 6)
+        self.cell = nn.GRUCell(5, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words = self.embedding(tokens)
+        state = torch.tanh(self.bridge(self.encoder(words)[1][0][0]))
+        outputs = []
+        for step in range(words.shape[1]):
+            state = self.cell(words[:, step], state)
+            outputs.append(self.head(state))
+        return torch.stack(outputs, 1)
+
+
+class Translator(nn.Module):
+    """A decoder cell that starts from its encoder's last state: their units are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.encoder = nn.GRU(5, 6, batch_first=True)
+        self.decoder = nn.GRUCell(5, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words = self.embedding(tokens)
+        state = self.encoder(words)[1][0]
+        outputs = []
+        for step in range(words.shape[1]):
+            state = self.decoder(words[:, step], state)
+            outputs.append(self.head(state))
+        return torch.stack(outputs, 1)
+
+
+class Headed(nn.Module):
+    """Attention that counts its heads: separate, fused by part or by head, grouped queries, a bias a head."""
+
+    def __init__(self, *, fused: str = "", keys: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.inner_dim = 4, keys, 3, 12
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(8, 36)
+        else:
+            self.query, self.key, self.value = nn.Linear(8, 12), nn.Linear(8, 3 * keys), nn.Linear(8, 3 * keys)
+        self.table = nn.Parameter(torch.zeros(5, 4))
+        self.out = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        if self.fused:
+            shape = (3, self.num_heads) if self.fused == "by part" else (self.num_heads, 3)
+            parts = self.qkv(x).view(b, n, *shape, self.head_dim)
+            q, k, v = parts.unbind(2 if self.fused == "by part" else 3)
+        else:
+            q = self.query(x).view(b, n, self.num_heads, self.head_dim)
+            k, v = (f(x).view(b, n, self.num_kv_heads, self.head_dim) for f in (self.key, self.value))
+            k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for t in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) + self.table[:n].t()[None, :, None, :]
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        return self.out(mixed.reshape(b, n, self.inner_dim))
+
+
+class Transformer(nn.Module):
+    """Two pre-norm blocks around `Headed`."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.blocks = nn.ModuleList(Headed(**options) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, block in zip(self.norms, self.blocks):
+            x = x + block(norm(x))
+        return self.head(x.mean(1))
+
+
 class Normed(nn.Module):
     """GroupNorm in two groups and LayerNorm over channels."""
 

@@ -21,6 +21,8 @@ def images(channels, size):
     return (torch.randn(3, channels, size, size),)
 
 
+LAYER_NORM = {"blocks.0.out": "LayerNorm averages over the channels"}
+
 # model, inputs, {group: (units, members)}, {what stays whole: why}
 NETS = {
     "demo": (
@@ -40,8 +42,8 @@ NETS = {
     "permuted flatten": (
         nets.PermutedFlat,
         images(3, 8),
-        {"conv1": (6, 3), "dense": (10, 3)},
-        {"conv2": r"\(with prelu2, dense\): the cut model differs from the masked one"},
+        {"conv1": (6, 3), "conv2": (8, 3), "dense": (10, 3)},
+        {},
     ),
     "u-net": (nets.UNet, images(2, 8), {"enter.0": (6, 4), "down.0": (10, 3), "up": (8, 2), "fuse": (7, 2)}, {}),
     "encoder": (nets.Encoder, images(3, 16), {"mlp.0": (24, 2)}, {"patch": "norm1: LayerNorm averages"}),
@@ -51,7 +53,40 @@ NETS = {
         {"out": (8, 2), "up": (12, 2)},
         {"query": r"\(with out, value, key\): the cut model does not run"},
     ),
-    "lstm": (nets.Recurrent, (torch.randint(0, 11, (3, 5)),), {"hidden": (9, 2)}, {}),
+    "lstm": (nets.Recurrent, (torch.randint(0, 11, (3, 5)),), {"lstm": (6, 3), "hidden": (9, 2)}, {}),
+    "gru": (nets.Stacked, (torch.randint(0, 11, (3, 5)),), {"gru": (6, 13)}, {}),
+    "gru cell": (
+        nets.Decoder,
+        (torch.randint(0, 11, (3, 5)),),
+        {"encoder": (7, 3)},
+        {"bridge": "GRUCell is kept whole", "cell": "hidden units: the cut model does not run"},
+    ),
+    "encoder's state": (nets.Translator, (torch.randint(0, 11, (3, 5)),), {"encoder": (6, 5)}, {}),
+    "heads": (nets.Transformer, (torch.randn(2, 5, 8),), dict.fromkeys(("blocks.0", "blocks.1"), (4, 7)), LAYER_NORM),
+    "grouped queries": (
+        lambda: nets.Transformer(keys=2),
+        (torch.randn(2, 5, 8),),
+        dict.fromkeys(("blocks.0", "blocks.1"), (2, 7)),
+        LAYER_NORM,
+    ),
+    "one head of keys": (
+        lambda: nets.Transformer(keys=1),
+        (torch.randn(2, 5, 8),),
+        dict.fromkeys(("blocks.0", "blocks.1"), (4, 4)),
+        LAYER_NORM,
+    ),
+    "heads fused by part": (
+        lambda: nets.Transformer(fused="by part"),
+        (torch.randn(2, 5, 8),),
+        dict.fromkeys(("blocks.0", "blocks.1"), (4, 5)),
+        LAYER_NORM,
+    ),
+    "heads fused by head": (
+        lambda: nets.Transformer(fused="by head"),
+        (torch.randn(2, 5, 8),),
+        dict.fromkeys(("blocks.0", "blocks.1"), (4, 5)),
+        LAYER_NORM,
+    ),
     "group norm": (nets.Normed, images(3, 6), {"conv1": (4, 3)}, {"conv2": "norm2: LayerNorm averages"}),
     "squeeze-excite": (nets.SqueezeExcite, images(4, 6), {"expand.0": (12, 7), "squeeze": (5, 2)}, {}),
     "tied": (
@@ -65,8 +100,8 @@ NETS = {
     "grouped": (
         nets.Grouped,
         images(3, 6),
-        {"conv3": (6, 2)},
-        {"conv1": "conv2: convolution in 4 groups", "conv2": "conv2: convolution in 4 groups"},
+        {"conv1": (4, 3), "conv3": (6, 2)},
+        {},
     ),
     "custom": (
         nets.Custom,
@@ -125,12 +160,12 @@ def test_cut_equals_masked_on_the_users_weights(case):
     masked = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(11)
     keeps = [torch.randperm(g.size, generator=generator)[: max(1, g.size // 3)].sort().values.tolist() for g in groups]
-    by_module = {site.module_name: site for site in sites.find(masked)}
+    by_parameter = {site.parameter_name: site for site in sites.find(masked)}
     for group, keep in zip(groups, keeps, strict=True):
         dropped = group.dropped(keep)
         assert sorted([*keep, *dropped.tolist()]) == list(range(group.size))
         for member in group.consumers:
-            site = by_module[member.module_name]
+            site = by_parameter[member.parameter]
             matrix = site.read(masked)
             matrix[:, member.columns[dropped].flatten()] = 0
             site.write_(masked, matrix)
@@ -284,6 +319,7 @@ REAL = {
     "densenet121": (64, 120),
     "efficientnet_b0": (64, 40),
     "vit_b_16": (224, 12),
+    "regnet_x_400mf": (64, 27),
     "shufflenet_v2_x0_5": (64, 18),
 }
 

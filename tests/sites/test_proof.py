@@ -156,7 +156,7 @@ def test_layers_that_cannot_be_cut_say_why():
         "the weight of this ParametrizedLinear is parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
         "GroupNorm in 2 groups without weights": nn.GroupNorm(2, 4, affine=False),
         "RMSNorm is kept whole": nn.RMSNorm(4),
-        "convolution in 2 groups": nn.Conv2d(4, 4, 1, groups=2),
+        "convolution in 2 groups of 2 inputs and 3 outputs": nn.Conv2d(4, 6, 1, groups=2),
     }
     for reason, module in cases.items():
         with pytest.raises(NotCuttableError, match=reason):

@@ -62,6 +62,19 @@ class Member:
     axes: Axes
     shapes: tuple[tuple[int, ...], ...]
 
+    @classmethod
+    def of(cls, module: nn.Module, name: str, indices: Tensor, axes: Axes) -> Member:
+        """Return the member of a module; tensors may be those of its children ("proj.weight")."""
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return cls(
+            name, axes.side, indices, axes, tuple(tuple(tensors[attribute].shape) for attribute, _ in axes.tensors)
+        )
+
+    @property
+    def parameter(self) -> str:
+        """Full name of its first tensor; of a consumer that of its matrix."""
+        return self._full(self.axes.tensors[0][0])
+
     @property
     def columns(self) -> Tensor:
         """Columns of the site's (m, n) matrix that unit i feeds, (size, r * kernel); for side "in"."""
@@ -98,11 +111,13 @@ class ChannelGroup:
         name: Name of the module whose output channels they are; "#1", "#2" are added where these fall into parts.
         size: Number of units.
         members: All sides of all modules that change.
+        unit: What a unit is, in the plural: "channels", "heads", "hidden units".
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    unit: str = "channels"
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -160,7 +175,7 @@ def axes_of(module: nn.Module, side: Side) -> Axes:
         axes = _conv_axes(module, side)
     elif isinstance(module, nn.Linear):
         axes = _matrix_axes(side, ("out_features", 0), ("in_features", 1))
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    elif is_conv1d(module):
         axes = _matrix_axes(side, ("nf", 1), ("nx", 0))
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         axes = _shared_axes(("weight", "bias", "running_mean", "running_var"), "num_features")
@@ -170,6 +185,10 @@ def axes_of(module: nn.Module, side: Side) -> Axes:
         axes = _group_norm_axes(module)
     elif isinstance(module, nn.Embedding):
         axes = Axes("out", (("weight", 1),), (("embedding_dim", "weight", 1, 1),))
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase) and side == "in":
+        ends = [name for name in module._parameters if name in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")]
+        counts = (("input_size", ends[0], 1, 1),)
+        return Axes("in", tuple((name, 1) for name in ends), counts, matrix=True)
     elif isinstance(module, nn.LayerNorm):
         raise NotCuttableError(f"{type(module).__name__} averages over the channels")
     else:
@@ -183,13 +202,38 @@ def axes_of(module: nn.Module, side: Side) -> Axes:
 
 def _conv_axes(module: nn.modules.conv._ConvNd, side: Side) -> Axes:
     kernel = torch.Size(module.kernel_size).numel()
-    if module.groups > 1:
-        if not module.groups == module.in_channels == module.out_channels:
-            raise NotCuttableError(f"convolution in {module.groups} groups")
+    if is_depthwise(module):
         counts = tuple((name, "weight", 0, 1) for name in ("in_channels", "out_channels", "groups"))
         return Axes("both", (("weight", 0), ("bias", 0)), counts)
+    if module.groups > 1:
+        return _grouped_axes(module, side)
     out, into = (1, 0) if module.transposed else (0, 1)
     return _matrix_axes(side, ("out_channels", out), ("in_channels", into), kernel=kernel)
+
+
+def _grouped_axes(module: nn.modules.conv._ConvNd, side: Side) -> Axes:
+    """Return the axes of a convolution whose groups go as wholes, inputs and outputs together."""  # noqa: DOC501
+    into, out = module.in_channels // module.groups, module.out_channels // module.groups
+    if module.transposed or out % into:
+        raise NotCuttableError(f"convolution in {module.groups} groups of {into} inputs and {out} outputs")
+    if side == "in":
+        return Axes("in", (), (), block=into)
+    counts = (("out_channels", "weight", 0, 1), ("in_channels", "weight", 0, out // into), ("groups", "weight", 0, out))
+    return Axes("out", (("weight", 0), ("bias", 0)), counts, block=out)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Return whether it is a convolution of each channel alone."""
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether it is GPT-2's transposed linear layer, without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _matrix_axes(side: Side, out: tuple[str, int], into: tuple[str, int], *, kernel: int = 1) -> Axes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .channels import Axes, ChannelGroup, Member, NotCuttableError, Side, axes_of
+from .channels import Axes, ChannelGroup, Member, NotCuttableError, Side, axes_of, is_conv1d, is_depthwise
 from .site import storage_key
 
 Key = tuple[str, Side]
@@ -70,13 +70,20 @@ class Candidate:
     silent: bool = False
 
 
-def candidates(model: nn.Module, call: Callable[[nn.Module], object], *, ignore: Iterable[str] = ()) -> list[Candidate]:
+def candidates(
+    model: nn.Module,
+    call: Callable[[nn.Module], object],
+    *,
+    ignore: Iterable[str] = (),
+    taken: Collection[str] = (),
+) -> list[Candidate]:
     """Propose channel groups for every layer with output channels.
 
     Args:
         model: Model whose parameters all require gradients; its structure is only read, its flags may change.
         call: Runs a model on the example inputs.
         ignore: Module names; groups that touch them, or what is inside them, are left out.
+        taken: Layers whose output channels are in groups already.
 
     Returns:
         One candidate per distinct set of coupled channels, in module order of the first layer.
@@ -87,9 +94,9 @@ def candidates(model: nn.Module, call: Callable[[nn.Module], object], *, ignore:
     covered: dict[str, set[int]] = defaultdict(set)
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not _is_conv1d(module):
+        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not is_conv1d(module):
             continue
-        if module not in graph.nodes:
+        if module not in graph.nodes or name in taken:
             continue
         channels = [i for i in range(_width(module)) if i not in covered[name]]
         if not channels:
@@ -140,7 +147,7 @@ class _Graph:
         for module in model.modules():
             if _is_opaque(module):
                 graph.register_customized_layer(type(module), stub)
-            elif _is_conv1d(module):
+            elif is_conv1d(module):
                 graph.register_customized_layer(type(module), _conv1d_pruner())
 
         def outputs(result: object) -> list[Tensor]:
@@ -182,6 +189,7 @@ class _Graph:
                 reasons[self.names[id(root)]] = "its channel dependencies do not close"
                 break
             output |= self._visit(node, function, fresh, reached, reasons)
+            todo += self._whole_groups(node, function, fresh)
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
                     indices = [_HybridIndex(idx=index, root_idx=origin) for index, origin in fresh]
@@ -195,6 +203,20 @@ class _Graph:
                         break
                     todo.append((dependency.target, dependency.handler, [(i.idx, i.root_idx) for i in indices]))
         return _Reached(dict(reached), reasons, output)
+
+    def _whole_groups(self, node: Any, function: Any, pairs: Sequence[Pair]) -> list[tuple[Any, Any, list[Pair]]]:
+        """Return what goes with channels of a convolution in groups: all inputs and outputs of their groups."""
+        module = node.module
+        if not isinstance(module, nn.modules.conv._ConvNd) or module.groups == 1 or is_depthwise(module):
+            return []
+        into, out = module.in_channels // module.groups, module.out_channels // module.groups
+        here = out if self.graph.is_out_channel_pruning_fn(function) else into
+        groups = dict.fromkeys((index // here, origin) for index, origin in pairs)
+        pruner = self.graph.get_pruner_of_module(module)
+        return [
+            (node, handler, [(group * size + i, origin) for group, origin in groups for i in range(size)])
+            for handler, size in ((pruner.prune_in_channels, into), (pruner.prune_out_channels, out))
+        ]
 
     def _visit(
         self, node: Any, function: Any, pairs: list[Pair], reached: dict[Key, list[Pair]], reasons: dict[str, str]
@@ -306,11 +328,7 @@ def _is_opaque(module: nn.Module) -> bool:
         return True
     own = any(parameter is not None for parameter in module._parameters.values())
     childless = next(module.children(), None) is None
-    return own and childless and not isinstance(module, _FOLLOWED) and not _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return own and childless and not isinstance(module, _FOLLOWED) and not is_conv1d(module)
 
 
 def _width(module: nn.Module) -> int:

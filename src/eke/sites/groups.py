@@ -1,24 +1,30 @@
 """Coupled channel groups of a model, every one of them proved.
 
-Torch-Pruning proposes (`dependencies`), a masked-against-cut comparison in float64 decides (`proof`). First each group
-alone, then all at once on inputs of the example's full shape; if the joint cut fails, groups are added one by one and
-the offenders are left out. One warning names what was left out and why.
+Attention heads (`heads`), hidden units of recurrent layers (`recurrent`) and, with Torch-Pruning, all other channels
+(`dependencies`) are proposed; a masked-against-cut comparison in float64 decides (`proof`). Channels whose readers
+Torch-Pruning places wrongly are followed by marking them (`taint`) and tried again. First each group alone, then all at
+once on inputs of the example's full shape; if the joint cut fails, groups are added one by one and the offenders are
+left out. One warning names what was left out and why.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._errors import suggest
-from .channels import ChannelGroup
+from .channels import ChannelGroup, NotCuttableError
 from .dependencies import Candidate, candidates
+from .heads import head_groups
 from .proof import Bench, Inputs, call, cuda_devices, double_copy, prepare
+from .recurrent import hidden_groups
 from .site import unwrap
+from .taint import MixedError, follow, reading_members
 
 _SEED = 20240229
 _SHOWN = 12
@@ -52,22 +58,59 @@ def channel_groups(
     inputs = _as_inputs(example_inputs)
     double = double_copy(model)
     full = prepare(double, inputs, seed=_SEED)
+    small, generator = full.smaller(inputs), torch.Generator().manual_seed(_SEED)
+    proved, failures = _prove_units(small, ignored, generator)
+    taken = frozenset(member.module_name for group in proved for member in group.producers)
     try:
         with torch.random.fork_rng(cuda_devices(double)):
             torch.manual_seed(0)
-            proposed = candidates(double, lambda net: call(net, _with_gradients(full.inputs)), ignore=ignored)
+            proposed = candidates(
+                double, lambda net: call(net, _with_gradients(full.inputs)), ignore=ignored, taken=taken
+            )
     except Exception as error:
-        _warn([(type(model).__name__, (), f"its operations could not be traced ({type(error).__name__}: {error})")])
-        return []
+        failures.append((type(model).__name__, (), f"its operations could not be traced ({_named(error)})"))
+        proposed = []
     for parameter in double.parameters():
         parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(_SEED)
-    proved, failures = _prove_each(full.smaller(inputs), proposed, generator)
+    more, unproved = _prove_each(small, proposed, generator)
+    order = {name: number for number, (name, _) in enumerate(double.named_modules())}
+    proved = sorted([*proved, *more], key=lambda group: order[group.modules[0]])
+    failures += unproved
     if proved:
         proved, late = prove_jointly(full, proved, generator)
         failures += late
     _warn(failures)
     return proved
+
+
+def _prove_units(
+    where: Bench, ignored: Sequence[str], generator: torch.Generator
+) -> tuple[list[ChannelGroup], list[Failure]]:
+    """Return the attention heads and hidden units of recurrent layers that are proved, and what is not."""
+
+    def run(net: nn.Module) -> object:
+        return call(net, where.inputs)
+
+    heads, without = head_groups(where.model, run)
+    hidden, others = hidden_groups(where.model, run)
+    proved: list[ChannelGroup] = []
+    failures: list[Failure] = [(name, (), why) for name, why in [*without, *others] if not _inside(name, ignored)]
+    for tries in [*heads, *([group] for group in hidden)]:
+        if any(_inside(name, ignored) for name in tries[0].modules):
+            continue
+        reasons = []
+        for group in tries:
+            reasons.append(where.prove([group], generator))
+            if not reasons[-1]:
+                proved.append(group)
+                break
+        else:
+            failures.append((tries[0].name, tries[0].modules, f"{tries[0].unit}: {reasons[0]}"))
+    return proved, failures
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in modules)
 
 
 def prove_jointly(
@@ -115,11 +158,31 @@ def _prove_each(
                 proved.append(paired)
                 continue
         for group in cuttable:
-            if reasons[group.name]:
-                failures.append((group.name, group.modules, reasons[group.name]))
-            else:
+            if not reasons[group.name]:
                 proved.append(group)
+            elif (marked := _followed(where, group)) is not None and not where.prove([marked], generator):
+                proved.append(marked)
+            else:
+                failures.append((group.name, group.modules, reasons[group.name]))
     return proved, failures
+
+
+def _followed(where: Bench, group: ChannelGroup) -> ChannelGroup | None:
+    """Return a group with the same producers, its other members found by marking the channels; None if they mix."""
+    units = torch.arange(group.size)
+    sources = {member.module_name: (units, member.indices) for member in group.producers}
+    try:
+        held = follow(where.model, lambda net: call(net, where.inputs), sources, strict=True)
+        readers = reading_members(where.model, held)
+    except (MixedError, NotCuttableError):
+        return None
+    if not any(member.axes.matrix for member in readers):
+        return None
+    return replace(group, members=(*group.producers, *readers))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _warn(failures: Sequence[Failure]) -> None:

@@ -153,11 +153,11 @@ def masked(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
     with _put_back(model, {member.module_name for member, _ in consumers}):
         for member, dropped in consumers:
             module = model.get_submodule(member.module_name)
-            weight = module._parameters["weight"]
-            assert weight is not None
-            ((_, dim),) = member.axes.tensors
-            columns = member.indices[dropped].flatten().to(weight.device)
-            module._parameters["weight"] = nn.Parameter(weight.detach().index_fill(dim, columns, 0.0))
+            for attribute, dim in member.axes.tensors:
+                weight = module._parameters[attribute]
+                assert weight is not None
+                columns = member.indices[dropped].flatten().to(weight.device)
+                _set(module, attribute, nn.Parameter(weight.detach().index_fill(dim, columns, 0.0)))
         yield
 
 
@@ -182,15 +182,27 @@ def cut(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
 def _put_back(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Put parameters, buffers and plain attributes of the named modules back at the end."""
     modules = [model.get_submodule(name) for name in names]
-    kept = [(dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    kept = [
+        (dict(vars(m)), dict(m._parameters), dict(m._buffers), list(vars(m).get("_flat_weights", ()))) for m in modules
+    ]
     try:
         yield
     finally:
-        for module, (attributes, parameters, buffers) in zip(modules, kept):
+        for module, (attributes, parameters, buffers, flat) in zip(modules, kept):
             module.__dict__.clear()
             module.__dict__.update(attributes)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
+            if flat:  # a recurrent module's own list of its parameters
+                module.__dict__["_flat_weights"][:] = flat
+
+
+def _set(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+    """Replace a parameter; of a recurrent module also in its own list of them."""
+    if isinstance(module, nn.RNNBase):
+        setattr(module, attribute, parameter)
+    else:
+        module._parameters[attribute] = parameter
 
 
 def random_keep(group: ChannelGroup, generator: torch.Generator) -> list[int]:

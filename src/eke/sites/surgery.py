@@ -127,6 +127,9 @@ class Surgery:
             assert old is not None
             if id(old) not in new:
                 new[id(old)] = _sliced(old, self.slices[name])
+            if isinstance(module, nn.RNNBase):
+                setattr(module, attribute, new[id(old)])  # also in its own list of parameters
+                continue
             target = module._parameters if attribute in module._parameters else module._buffers
             target[attribute] = new[id(old)]  # type: ignore[assignment]
         for module_name, attributes in self.attributes.items():
