@@ -61,3 +61,10 @@ def test_whole_numbers_can_be_inputs(eke, tmp_path):
 
 def test_without_anything_to_call_it_with(eke):
     assert "--data FILE.py:FUNCTION or --input 1,3,224,224" in eke("inspect", SOURCE[0], code=2).stderr
+
+
+def test_a_model_of_a_library_is_called_with_its_own_example(eke):
+    pytest.importorskip("timm")
+    found = json.loads(eke("inspect", "timm:test_vit:none", *QUICK, "--json").stdout)
+    assert found["notes"][0] == "called with 1 x 3 x 160 x 160 float32"
+    assert found["before"]["flops"] > 1e7

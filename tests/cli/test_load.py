@@ -82,6 +82,7 @@ def test_models_that_cannot_be_loaded(here, recipe, error, message):
     ("data", "error", "message"),
     [
         (None, UsageError, "No data were given, got None: add --data FILE.py:FUNCTION"),
+        ("timm:mnist", UsageError, "--data needs FILE.py:FUNCTION, got 'timm:mnist'"),
         ("torchvision:mnist", UsageError, "--data needs FILE.py:FUNCTION, got 'torchvision:mnist'"),
         ("cli_tiny_data.py:misspelt", UsageError, r"unknown key 'sellection'\. Did you mean 'selection'\?"),
         ("cli_tiny_data.py:two", ValueError, "returned no report: all of calibration, selection, report are needed"),
@@ -100,16 +101,17 @@ def test_a_file_that_is_not_python_is_refused(tmp_path):
         load.call(f"{tmp_path}/net.onnx:build")
 
 
-def test_a_torchvision_model_without_weights():
-    pytest.importorskip("torchvision")
-    assert isinstance(load.load_model(Recipe(model="torchvision:squeezenet1_1:none")), nn.Module)
-    with pytest.raises(UsageError, match=r"torchvision has no model 'resnet81'\. Did you mean 'resnet18'\?"):
-        load.load_model(Recipe(model="torchvision:resnet81"))
-    with pytest.raises(UsageError, match="resnet18 has no weights 'IMAGENET'"):
-        load.load_model(Recipe(model="torchvision:resnet18:IMAGENET"))
+def test_a_folder_of_a_recipe_is_found_from_its_place(tmp_path):
+    (tmp_path / "nets" / "tiny").mkdir(parents=True)
+    (tmp_path / "nets" / "tiny" / "config.json").write_text("{}")
+    assert load.resolve("hf:nets/tiny:none", (tmp_path,)) == f"hf:{tmp_path}/nets/tiny:none"
+    assert load.resolve("hf:some/name", (tmp_path,)) == "hf:some/name"
+    assert load.resolve("timm:resnet18", (tmp_path,)) == "timm:resnet18"
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(ImportError, match=r"needs the package 'torchvision.models'.*pip install 'eke\[vision\]'"):
-        load.load_model(Recipe(model="torchvision:resnet18"))
+def test_an_exported_program_is_for_looking_only(tmp_path):
+    (tmp_path / "net.pt2").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"net\.pt2 is an exported program: .*Give what it was exported from"):
+        load.load_model(Recipe(model=f"{tmp_path}/net.pt2"))
+    with pytest.raises(FileNotFoundError, match=r"There is no file 'other\.pt2'"):
+        load.load_model(Recipe(model="other.pt2"))

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._version import __version__
-from .load import load_model, load_task
+from . import exported
+from .examples import Inputs, described, example_inputs
+from .load import load_model, load_task, resolve
 from .options import DataOption, DebugOption, JsonOption, ModelArgument, TaskOption, ThreadsOption
 from .progress import shown
 from .recipe import Recipe
@@ -67,19 +69,21 @@ def inspect(
         from ..report import html as pages
 
         recipe = Recipe(model, data, task)
-        if recipe.task is None and recipe.data is None and not inputs:
+        if calibrate and recipe.task is None and recipe.data is None:
+            raise UsageError(f"inspect --calibrate measures losses of {model}: give --data FILE.py:FUNCTION.")
+        net, given = _loaded(recipe)
+        known = load_task(recipe) if recipe.task or recipe.data else None
+        if inputs:
+            given = tuple(_example(text) for text in inputs)
+        elif known is None and (given := given or example_inputs(net)) is None:
             raise UsageError(
                 f"inspect needs what {model} is called with: --data FILE.py:FUNCTION or --input 1,3,224,224."
             )
-        if calibrate and recipe.task is None and recipe.data is None:
-            raise UsageError(f"inspect --calibrate measures losses of {model}: give --data FILE.py:FUNCTION.")
-        net = load_model(recipe)
-        known = load_task(recipe) if recipe.task or recipe.data else None
         with pinned_threads(threads):
             document, groups, left_out = inspected(
                 net,
                 known,
-                inputs=[_example(text) for text in inputs or []],
+                inputs=given or (),
                 title=recipe.model or "demo",
                 seconds=seconds,
             )
@@ -97,6 +101,13 @@ def inspect(
         typer.echo(note)
     if html is not None:
         typer.echo(str(html))
+
+
+def _loaded(recipe: Recipe) -> tuple[nn.Module, Inputs | None]:
+    """Return the model, and the inputs that came with it in its file."""
+    if recipe.model is not None and exported.is_exported(recipe.model):
+        return exported.load_exported(pathlib.Path(resolve(recipe.model)))
+    return load_model(recipe), None
 
 
 def _example(text: str) -> Tensor:
@@ -117,14 +128,14 @@ def _example(text: str) -> Tensor:
 
 
 def inspected(
-    model: nn.Module, task: Task | None, *, inputs: Sequence[Tensor], title: str, seconds: float
+    model: nn.Module, task: Task | None, *, inputs: Inputs, title: str, seconds: float
 ) -> tuple[Document, list[dict[str, Any]], dict[str, str]]:
     """Look at a model.
 
     Args:
         model: Any module; not changed.
         task: Its data; None leaves the sensitivity out.
-        inputs: What it is called with; empty for the first calibration batch.
+        inputs: What it is called with, positional or keywords; empty for the first calibration batch.
         title: Of the report.
         seconds: Of each of two measurements.
 
@@ -138,8 +149,9 @@ def inspected(
     from ..sites import channel_groups, find, skipped, unwrap
 
     model = unwrap(model)
-    arguments: Any = tuple(inputs) if inputs or task is None else split_batch(next(iter(task.calibration)))[0]
+    arguments: Any = inputs if inputs or task is None else split_batch(next(iter(task.calibration)))[0]
     positional: tuple[Any, ...] = (arguments,) if isinstance(arguments, dict) else arguments
+    program = exported.is_program(model)
     with evaluating(model):
         sites = find(model)
         flops = cost.flops_by_module(model, *positional)
@@ -148,19 +160,22 @@ def inspected(
         counted = costs(model, arguments)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            groups = channel_groups(model, arguments)
+            groups = [] if program else channel_groups(model, arguments)
             losses = {} if task is None else sensitivities(model, task, sites)
-    left_out = skipped(model)
+    left_out = {} if program else skipped(model)
     document = Document(
         kind="inspect", title=title, eke_version=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        verdict=Verdict(None, False, _sentence(model, sites, groups)),
+        verdict=Verdict(None, False, exported.SENTENCE if program else _sentence(model, sites, groups)),
         before=Measured(
             "model", bytes=round(counted["size"]), parameters=round(counted["parameters"]), flops=flops[""],
             milliseconds=1e3 * latency.median, peak_bytes=round(counted["peak_memory"]),
         ),
-        sites=_lines(sites, flops, times, losses),
-        notes=(*(_group_words(group) for group in groups), *(f"not a site: {n}: {why}" for n, why in left_out.items())),
+        sites=exported.lines(model, flops, times) if program else _lines(sites, flops, times, losses),
+        notes=(
+            f"called with {described(arguments)}", *(_group_words(group) for group in groups),
+            *(f"not a site: {n}: {why}" for n, why in left_out.items()),
+        ),
         warnings=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
         environment={str(k): str(v) for k, v in cost.environment().to_json().items()},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models and data from what a person types: FILE.py:FUNCTION, torchvision:NAME, or the demo.
+"""Models and data from what a person types: FILE.py:FUNCTION, a library's name (`sources`), or the demo.
 
 A file is run as a module whose folder is on the import path, as if Python had been started with it; files that import
 one another meet the same modules. Nothing is unpickled.
@@ -15,8 +15,10 @@ from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .._errors import require, suggest
-from .names import check, check_all
+from .._errors import suggest
+from . import sources
+from .exported import is_exported
+from .names import check_all
 from .recipe import Recipe
 from .session import MARK, UsageError
 
@@ -42,14 +44,16 @@ def resolve(spec: str, places: Sequence[pathlib.Path] = (pathlib.Path(),)) -> st
         FileNotFoundError: if the file is at none of them.
         UsageError: if the spec has no function.
     """
-    if spec.startswith("torchvision:"):
-        return spec
-    file, colon, function = spec.rpartition(":")
-    if not colon or not file or not function:
-        raise UsageError(f"Write FILE.py:FUNCTION, such as my_model.py:build, or torchvision:NAME; got {spec!r}.")
+    if sources.is_named(spec):
+        return sources.located(spec, places)
+    file, colon, function = (spec, "", "") if is_exported(spec) else spec.rpartition(":")
+    if not is_exported(spec) and not (colon and file and function):
+        raise UsageError(
+            f"Write FILE.py:FUNCTION, such as my_model.py:build, or torchvision:NAME, timm:NAME, hf:NAME; got {spec!r}."
+        )
     for place in places:
         if (place / file).is_file():
-            return f"{place / file}:{function}"
+            return f"{place / file}{colon}{function}"
     folder = (places[0] / file).parent
     near = suggest(pathlib.Path(file).name, [path.name for path in folder.glob("*.py")]) if folder.is_dir() else ""
     looked = ", ".join(str(place.absolute()) for place in places)
@@ -144,22 +148,15 @@ def load_model(recipe: Recipe, *, folder: pathlib.Path | None = None) -> nn.Modu
             f"No model was given, got {recipe.model!r}: write FILE.py:FUNCTION (my_model.py:build) or --task demo."
         )
     spec = resolve(recipe.model, places(folder))
-    model = _torchvision(spec) if spec.startswith("torchvision:") else call(spec)
+    if is_exported(spec):
+        raise UsageError(
+            f"{spec} is an exported program: its operations are fixed, sizes included, so nothing in it can be cut or "
+            "replaced. Give what it was exported from, FILE.py:FUNCTION; eke inspect reads the program as it is."
+        )
+    model = sources.build(spec) if sources.is_named(spec) else call(spec)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} must return a torch.nn.Module, got {type(model).__name__}.")
     return model
-
-
-def _torchvision(spec: str) -> Any:
-    """Return torchvision:NAME with its trained weights, or torchvision:NAME:WEIGHTS ("none" for random ones)."""
-    _, name, *rest = spec.split(":")
-    models = require("torchvision.models", extra="vision", purpose=f"The model {spec!r}")
-    check(name, models.list_models(), "torchvision has no model")
-    weights = rest[0] if rest else "DEFAULT"
-    if weights == "none":
-        return models.get_model(name, weights=None)
-    known = [*models.get_model_weights(name).__members__, "DEFAULT", "none"]
-    return models.get_model(name, weights=check(weights, known, f"torchvision's {name} has no weights"))
 
 
 def load_task(recipe: Recipe, *, folder: pathlib.Path | None = None) -> Task:
@@ -185,7 +182,7 @@ def load_task(recipe: Recipe, *, folder: pathlib.Path | None = None) -> Task:
         return WITNESSES[recipe.task].task()
     if recipe.data is None:
         raise UsageError(f"No data were given, got {recipe.data!r}: add --data FILE.py:FUNCTION (my_data.py:loaders).")
-    if recipe.data.startswith("torchvision:"):
+    if sources.is_named(recipe.data):
         raise UsageError(f"--data needs FILE.py:FUNCTION, got {recipe.data!r}.")
     spec = resolve(recipe.data, places(folder))
     data = call(spec)
