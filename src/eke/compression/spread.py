@@ -43,7 +43,10 @@ def influences(sums: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[float, Ten
     """
     total = sums.sum(0)
     without = torch.cat([of(total - part) for part in _parts(sums)])
-    return float(of(total)), (len(sums) - 1) * (without.mean() - without)
+    estimate, influence = float(of(total)), (len(sums) - 1) * (without.mean() - without)
+    # Differences of equal totals are their rounding, once a sample.
+    rounding = 8 * len(sums) * torch.finfo(sums.dtype).eps * abs(estimate)
+    return estimate, torch.where(influence.abs() <= rounding, 0.0, influence)
 
 
 def _parts(sums: Tensor) -> Iterator[Tensor]:
