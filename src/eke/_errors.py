@@ -52,3 +52,19 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {module!r}, which is not installed ({error}). "
             f"Install it with: pip install 'eke[{extra}]'. Everything else works without it."
         ) from error
+
+
+def error_line(error: BaseException) -> str:
+    """Return the first line of an error's text, with its type where the text alone says too little."""
+    line = str(error).strip().split("\n")[0].rstrip(".")
+    plain = isinstance(error, (RuntimeError, TypeError, ValueError)) and line
+    return line if plain else f"{type(error).__name__}: {line}"
+
+
+def own_words(error: BaseException) -> bool:
+    """Return whether eke itself raised an error and says what to do in it, and not what it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    home = __name__.partition(".")[0]
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == home

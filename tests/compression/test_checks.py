@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eke import Budget, Counts, compress
 from eke.compression import Task, cross_entropy
-from eke.compression.checks import check_batches, check_report, check_runs, check_task, count_samples, describe
+from eke.compression.advice import describe
+from eke.compression.checks import check_batches, check_report, check_task, count_samples
 from eke.compression.task import accuracy, evaluating, logits_of, split_batch
+from eke.compression.trial import check_runs
 
 from .nets import STEPS, batches, same, samples, state, tiny_task
 
@@ -42,7 +44,7 @@ BAD = {
     "no module": (
         lambda m: run(print, batches()),
         TypeError,
-        r"compress needs a torch\.nn\.Module, got builtin_function",
+        r"eke needs a torch\.nn\.Module, got builtin_function",
     ),
     "no loss": (
         lambda m: run(m, batches(), loss=None),

@@ -11,7 +11,6 @@ normalisations are folded away, and its tensors are filled from the file.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import pathlib
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import error_line
 from .._version import __version__
 from ..sites import Site, Surgery, find, unwrap
 from ..structures import NM, Both, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
@@ -30,9 +30,12 @@ from .candidates import BlockKind
 from .checkpoint import read_json, read_tensors, sha256, write_json, write_tensors
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
 from .factor import factor_
+from .original import check_filled, check_module, private_copy
 
 FORMAT = "eke artifact 2"
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
+_DAMAGED = (KeyError, TypeError, AttributeError, IndexError, RuntimeError)
+"""What plain values of another form than written, or modules that are not there, end in."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,17 @@ class Blueprint:
             The blueprint.
 
         Raises:
-            ValueError: if a key is missing, or a structure is not known.
+            ValueError: if a key is missing, a value has another form, or a structure is not known.
         """
         missing = {"surgery", "folded", "memory_format", "structures", "removed", "factored"} - set(document)
         if missing:
             raise ValueError(f"The plan lacks {sorted(missing)}: it is not a plan of this version of eke.")
+        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in document["folded"]):
+            raise ValueError(f"The plan folds {document['folded']!r:.80}, where pairs of names are needed: restore it.")
+        if any(not isinstance(rank, int) for rank in document["factored"].values()):
+            raise ValueError(
+                f"The plan has the ranks {document['factored']!r:.80}, where whole numbers are needed: restore it."
+            )
         return cls(
             Surgery.from_json(document["surgery"]),
             tuple((str(layer), str(norm)) for layer, norm in document["folded"]),
@@ -322,15 +331,29 @@ def load(folder: str | pathlib.Path, model: nn.Module, *, structures: Sequence[S
         A new model in evaluation mode, equal to the saved one bit for bit.
 
     Raises:
+        TypeError: if the first argument is no path, or the second no module.
         FileNotFoundError: if the folder holds no artifact.
-        ValueError: if a file was changed, or the model has another architecture.
+        ValueError: if a file was changed, or the model has another architecture, no values, or cannot be copied.
     """  # noqa: DOC502
+    if not isinstance(folder, (str, pathlib.Path)):
+        raise TypeError(f"load(folder, model) takes the path of the artifact first, got {type(folder).__name__}.")
     folder = pathlib.Path(folder)
+    rebuilt = private_copy(check_filled(check_module(model))).eval()
     document = read_plan(folder)
-    blueprint = Blueprint.from_json(document, structures=structures)
+    try:
+        blueprint = Blueprint.from_json(document, structures=structures)
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN}: {error}") from error
+    except _DAMAGED as error:
+        raise ValueError(f"{folder / PLAN} is damaged ({error_line(error)}): restore it or compress again.") from error
     tensors, _ = read_tensors(folder / WEIGHTS)
-    rebuilt = copy.deepcopy(unwrap(model)).eval()
-    blueprint.reshape_(rebuilt)
+    try:
+        blueprint.reshape_(rebuilt)
+    except _DAMAGED as error:
+        raise ValueError(
+            f"The plan in {folder} does not fit this {type(rebuilt).__name__} ({error_line(error)}): build the "
+            f"architecture that was compressed, {document.get('architecture')}."
+        ) from error
     unpack_(rebuilt, tensors, blueprint.structures)
     return rebuilt
 
@@ -348,17 +371,22 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
         FileNotFoundError: if the folder holds no artifact.
         ValueError: if it is of another format or the weights do not have the digest it names.
     """
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file: give the artifact's folder, such as {folder.parent}.")
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
             unfinished = (
                 " A run that was interrupted there continues with --resume." if (folder / ".run").exists() else ""
             )
-            raise FileNotFoundError(f"{folder} is not an eke artifact: it has no {name}.{unfinished}")
+            there = "it has" if folder.is_dir() else "there is no such folder, and so"
+            raise FileNotFoundError(f"{folder} is not an eke artifact: {there} no {name}.{unfinished}")
     document = read_json(folder / PLAN)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"{folder / PLAN} must have the format {FORMAT!r}, got {found!r}.")
-    digest, wanted = sha256(folder / WEIGHTS), str(document.get("sha256", {}).get(WEIGHTS, "none"))
+    digests = document.get("sha256")
+    wanted = str(digests.get(WEIGHTS, "none")) if isinstance(digests, dict) else "none"
+    digest = sha256(folder / WEIGHTS)
     if digest != wanted:
         raise ValueError(
             f"{folder / WEIGHTS} was changed: its SHA-256 is {digest[:12]}..., the plan names {wanted[:12]}...; "

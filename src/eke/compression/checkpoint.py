@@ -75,8 +75,8 @@ def read_json(path: pathlib.Path) -> Any:
         ValueError: if it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or start again in a new folder.") from error
 
 
@@ -113,6 +113,25 @@ def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]
         ) from error
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Make a folder with all that it is in.
+
+    Args:
+        folder: May be there already.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        blocking = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        reason = f"{blocking} is a file" if blocking else error.strerror
+        raise OSError(
+            error.errno, f"{folder} cannot be made ({reason}): give the path of a folder where you may write"
+        ) from error
+
+
 def sha256(path: pathlib.Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -130,8 +149,9 @@ def together(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         leaves a folder that is no artifact, never one whose files do not belong together.
     """
     staged = folder / ".new"
+    make_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    staged.mkdir()
     try:
         yield staged
         (folder / "plan.json").unlink(missing_ok=True)
@@ -151,6 +171,7 @@ class Run:
 
     Raises:
         ValueError: if the run to be continued was started with another recipe, or the folder holds other files.
+        OSError: if the folder cannot be made.
     """
 
     def __init__(self, folder: pathlib.Path | None, recipe: Mapping[str, Any], *, resume: bool) -> None:
@@ -160,7 +181,8 @@ class Run:
             return
         recipe = json.loads(json.dumps(recipe))
         start = folder / _START
-        if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        make_folder(folder)
+        if any(folder.iterdir()) and not (folder / _MARK).exists():
             raise ValueError(
                 f"{folder} holds files that are not of a run ({min(path.name for path in folder.iterdir())}, ...): "
                 "give a new or empty folder."
@@ -168,7 +190,6 @@ class Run:
         if resume and start.exists():
             _check_same(folder, read_json(start), recipe)
             return
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARK).touch()
         _clear(folder)
         write_json(start, recipe)

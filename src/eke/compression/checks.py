@@ -1,21 +1,24 @@
-"""Checks at the boundary of `compress`: what was given, what is allowed, what to do."""
+"""Checks of data at the boundary of `compress`: what was given, what is allowed, what to do."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._types import Batch, Counts, Loss
+from .._types import Batch, Counts, Loss, Quality
+from .advice import describe
 from .intervals import samples_to_prove
-from .task import Forward, Task, evaluating
+from .task import Task, evaluating, split_batch
+from .trial import check_loss, named, run_forward
 
 _MOST_FORMS = 8
+_FIRST = 512
+"""Samples of one class at the beginning that make a warning: statistics are taken from the first ones."""
 
 
 def count_samples(batch: Batch) -> int:
@@ -26,86 +29,165 @@ def count_samples(batch: Batch) -> int:
     return 1
 
 
-def check_batches(batches: Iterable[Batch], check: Callable[[int, Batch], None] | None = None) -> tuple[int, Batch]:
+def check_batches(
+    batches: Iterable[Batch], check: Callable[[int, Batch], None] | None = None, *, classes: bool = False
+) -> tuple[int, Batch]:
     """Refuse data that can be read once only, are empty or hold values that are not finite.
 
     Args:
         batches: Calibration batches.
         check: Called with index and batch for the first batch of every form (dtypes, shapes without the number of
             samples), for at most eight forms.
+        classes: Whether targets are classes; a warning says when the first samples are all of one.
 
     Returns:
         Number of samples, and the first batch.
 
     Raises:
         TypeError: if the batches cannot be iterated.
-        ValueError: if they are an iterator, empty, or a floating point value is not finite (names the batch).
+        ValueError: if they are an iterator, a single batch, empty, cannot be read, or a floating point value is not
+            finite (names the batch).
+    """  # noqa: DOC502
+    check_batched(batches)
+    samples, first = 0, None
+    forms: set[str] = set()
+    labels: list[Tensor] = []
+    for index, batch in read(batches, "calibration"):
+        first = batch if index == 0 else first
+        if classes and samples < _FIRST:
+            labels += _labels(batch)
+        samples += count_samples(batch)
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                _check_values(leaf, index)
+        form = _form(batch)
+        if check is not None and form not in forms and len(forms) < _MOST_FORMS:
+            forms.add(form)
+            versions = _versions(batch)
+            check(index, batch)
+            if isinstance(batches, (list, tuple)) and versions != _versions(batch):
+                raise ValueError(
+                    f"Running model and loss changed calibration batch {index}, {describe(batch)}, in place, and the "
+                    "next pass would read other data: clone what is changed, x = x.clone(), or pass a DataLoader."
+                )
+    if first is None:
+        raise ValueError("batches gave 0 batches: pass a list or a DataLoader that is not empty.")
+    _check_mixed(labels)
+    return samples, first
+
+
+def check_batched(batches: object) -> None:
+    """Refuse what does not yield batch after batch, as often as asked.
+
+    Args:
+        batches: What was given for a list or a loader.
+
+    Raises:
+        TypeError: if it is something else, such as a dataset or a pair of tensors.
+        ValueError: if it is an iterator.
     """
     if isinstance(batches, Iterator):
         raise ValueError(
             f"batches is an iterator ({type(batches).__name__}) that is used up after one pass, and compress reads the "
             "data several times: pass the DataLoader itself, or list(batches)."
         )
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be a list or a DataLoader, got {type(batches).__name__}.")
-    samples, first = 0, None
-    forms: set[str] = set()
-    for index, batch in enumerate(batches):
-        first = batch if index == 0 else first
-        samples += count_samples(batch)
-        for leaf in pytree.tree_leaves(batch):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-                bad = int((~torch.isfinite(leaf)).sum())
-                raise ValueError(f"Calibration batch {index} holds {bad} values that are not finite: clean the data.")
-        form = _form(batch)
-        if check is not None and form not in forms and len(forms) < _MOST_FORMS:
-            forms.add(form)
-            check(index, batch)
-    if first is None:
-        raise ValueError("batches gave 0 batches: pass a list or a DataLoader that is not empty.")
-    return samples, first
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches must be a list or a DataLoader, got a dictionary with the keys {list(batches)[:4]}: three splits "
+            "make an eke.Task(calibration=..., selection=..., report=...), one batch a list, [batch]."
+        )
+    if isinstance(batches, Tensor) or type(batches).__module__ == "numpy":
+        raise TypeError(
+            f"batches must be a list or a DataLoader, got one {type(batches).__name__} {tuple(batches.shape)}: "  # type: ignore[attr-defined]
+            "DataLoader(TensorDataset(inputs, targets), batch_size=64)."
+        )
+    if isinstance(batches, torch.utils.data.Dataset) and not isinstance(batches, torch.utils.data.IterableDataset):
+        raise TypeError(
+            f"batches must be a list or a DataLoader, got {type(batches).__name__}, a dataset of single samples: "
+            "DataLoader(dataset, batch_size=64)."
+        )
+    if isinstance(batches, (str, type)) or not isinstance(batches, Iterable):
+        call = ": call it and pass what it returns" if callable(batches) else ""
+        raise TypeError(f"batches must be a list or a DataLoader, got {type(batches).__name__} {batches!r:.60}{call}.")
+    if isinstance(batches, (tuple, list)) and len(batches) == 2 and all(hasattr(x, "shape") for x in batches):
+        one, two = batches
+        if tuple(one.shape[1:]) != tuple(two.shape[1:]) and tuple(one.shape[:1]) == tuple(two.shape[:1]):
+            raise TypeError(
+                f"batches must be a list or a DataLoader, got inputs {tuple(one.shape)} and targets "
+                f"{tuple(two.shape)}: [(inputs, targets)] is a list of one batch, DataLoader(TensorDataset(inputs, "
+                "targets), batch_size=64) makes many."
+            )
 
 
-def check_runs(model: nn.Module, batch: Batch, *, loss: Loss, forward: Forward, index: int = 0) -> None:
-    """Run model and loss on a batch, and say what does not fit.
+def read(batches: Iterable[Batch], split: str) -> Iterator[tuple[int, Batch]]:
+    """Go through batches; what stops the reading names the batch.
 
     Args:
-        model: The model.
-        batch: A calibration batch.
-        loss: `loss(model, batch)`.
-        forward: Calls the model on a batch.
-        index: Number of the batch, for messages.
+        batches: A list or a loader.
+        split: Its name, for messages.
+
+    Yields:
+        Number and batch.
 
     Raises:
-        TypeError: if the loss returns no tensor.
-        ValueError: if the model cannot run on the batch, or the loss is no finite scalar.
+        ValueError: if a batch cannot be read.
     """
-    with evaluating(model):
-        _run_forward(model, batch, forward, where=f"calibration batch {index}")
-        value: Any = loss(model, batch)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"loss(model, batch) must return a scalar tensor, got {type(value).__name__}.")
-    if value.numel() != 1:
+    index = 0
+    source: Iterator[Batch] = iter(())
+    while True:
+        try:
+            source = iter(batches) if index == 0 else source
+            batch = next(source)
+        except StopIteration:
+            return
+        except Exception as error:
+            ragged = "stack expects each tensor" in str(error)
+            mend = "pad the samples to one size in collate_fn=" if ragged else "mend the dataset or its loader"
+            raise ValueError(f"Reading {split} batch {index} failed, {named(error)}: {mend}.") from error
+        yield index, batch
+        index += 1
+
+
+def _check_values(leaf: Tensor, index: int) -> None:
+    """Refuse tensors without values or with values that are not finite, unless it is a mask of 0 and -inf."""  # noqa: DOC501
+    if leaf.is_meta:
         raise ValueError(
-            f"loss(model, batch) must return a scalar tensor, got shape {tuple(value.shape)}: take the mean."
+            f"Calibration batch {index} is on the meta device, {describe(leaf)}: it has no values to read."
         )
-    _check_loss(float(value), index)
-
-
-def _run_forward(model: nn.Module, batch: Batch, forward: Forward, *, where: str) -> None:
-    """Call a model on a batch.
-
-    Raises:
-        ValueError: if it cannot run on it; names the batch.
-    """
-    try:
-        forward(model, batch)
-    except (RuntimeError, TypeError, IndexError, ValueError, KeyError, AttributeError) as error:
-        wanted = next((p.dtype for p in model.parameters()), None)
+    if leaf.is_inference():
         raise ValueError(
-            f"The model does not run on {where}, {describe(batch)} (parameters are {wanted}): {_first_line(error)}. "
-            "Make the loader yield what the model takes, or pass forward=."
-        ) from error
+            f"Calibration batch {index} was made under torch.inference_mode(), {describe(leaf)}, and cannot be "
+            "differentiated: make the data outside of it, or clone them."
+        )
+    if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if bool(((leaf == 0) | (leaf == -math.inf)).all()):
+            return
+        bad = int((~torch.isfinite(leaf)).sum())
+        raise ValueError(f"Calibration batch {index} holds {bad} values that are not finite: clean the data.")
+
+
+def _versions(batch: Batch) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _labels(batch: Batch) -> list[Tensor]:
+    """Return the targets of a batch where they are whole numbers, one a sample."""
+    try:
+        targets = split_batch(batch)[1]
+    except TypeError:
+        return []
+    plain = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    return [targets] if plain else []
+
+
+def _check_mixed(labels: list[Tensor]) -> None:
+    found = torch.cat(labels) if labels else torch.empty(0)
+    if found.numel() > 1 and bool((found == found[0]).all()):
+        warnings.warn(
+            f"The first {found.numel()} calibration targets are all {int(found[0])}, and statistics are taken from the "
+            "first samples: are the data sorted by class? Shuffle them once, in a fixed order.",
+            stacklevel=4,
+        )
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch], *, loss: Loss) -> float:
@@ -126,25 +208,15 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], *, loss: Loss) -> floa
     with evaluating(model):
         for index, batch in enumerate(batches):
             losses.append(float(loss(model, batch)))
-            _check_loss(losses[-1], index)
+            check_loss(losses[-1], index)
     return sum(losses) / len(losses)
 
 
-def _check_loss(value: float, index: int) -> None:
-    """Refuse a loss that is not finite.
-
-    Raises:
-        ValueError: if it is not; names the batch.
-    """
-    if not math.isfinite(value):
-        raise ValueError(f"loss(model, batch) is {value} on calibration batch {index}: check the loss and its targets.")
-
-
-def check_report(score: float | Counts, drop: float | None) -> None:
+def check_report(score: Quality, drop: float | None) -> None:
     """Refuse a budget on the drop that so few samples could never prove.
 
     Args:
-        score: Of the original model.
+        score: Of the original model; only counts have a least number of samples.
         drop: Largest allowed drop as a share.
 
     Raises:
@@ -164,17 +236,20 @@ def check_task(task: Task, drop: float | None, model: nn.Module | None = None) -
             score of the user's own, which may call it in another way, a batch that does not fit is a warning.
 
     Raises:
+        TypeError: if a split is no list or loader.
         ValueError: if a split is an iterator, empty or too small, or the model does not run on a batch of it.
     """
     for name in ("selection", "report"):
         split = getattr(task, name)
+        if not isinstance(split, Iterable):
+            raise TypeError(f"The {name} split must be a list or a DataLoader, got {type(split).__name__}.")
         if isinstance(split, Iterator):
             raise ValueError(
                 f"The {name} split is an iterator ({type(split).__name__}) that is used up after one pass: pass the "
                 "DataLoader itself, or a list."
             )
         total, forms = 0, set[str]()
-        for index, batch in enumerate(split):
+        for index, batch in read(split, name):
             total += count_samples(batch)
             if model is not None and len(forms) < _MOST_FORMS and (form := _form(batch)) not in forms:
                 forms.add(form)
@@ -193,7 +268,7 @@ def _check_fits(model: nn.Module, batch: Batch, task: Task, *, where: str) -> No
     """
     try:
         with evaluating(model):
-            _run_forward(model, batch, task.forward, where=where)
+            run_forward(model, batch, task.forward, where=where)
     except ValueError as error:
         if task.counts_samples:
             raise
@@ -218,22 +293,18 @@ def check_samples(total: int, drop: float) -> None:
         )
 
 
-def describe(tree: Any) -> str:
-    """Return a batch written as types and shapes."""
-    if isinstance(tree, Tensor):
-        return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
-    if isinstance(tree, dict):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in tree.items()) + "}"
-    if isinstance(tree, (tuple, list)):
-        return "(" + ", ".join(describe(value) for value in tree) + ")"
-    return type(tree).__name__
+def shared_splits(task: Task) -> list[str]:
+    """Return a sentence for each two splits that are the same data."""
+    names = ("calibration", "selection", "report")
+    data = {name: getattr(getattr(task, name), "dataset", getattr(task, name)) for name in names}
+    pairs = [(one, two) for place, one in enumerate(names) for two in names[place + 1 :] if data[one] is data[two]]
+    return [
+        f"The {one} and the {two} split are the same data: numbers on samples that something was chosen or learned "
+        "from are better than those of new data."
+        for one, two in pairs
+    ]
 
 
 def _form(batch: Batch) -> str:
     """Return types, dtypes and shapes of a batch without the number of samples."""
     return describe(pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim else x, batch))
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().split("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {line}" if isinstance(error, (KeyError, AttributeError)) else line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,8 +69,13 @@ def own_macs(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     inside = cost.flops_by_module(model, *positional(inputs))
     own = {name: count / 2 for name, count in inside.items()}
     for name, count in inside.items():
-        if name:
-            own[name.rpartition(".")[0]] -= count / 2
+        if not name:
+            continue
+        # Containers that are never called themselves (a ModuleList, the parametrizations of a weight) count nothing.
+        above = name.rpartition(".")[0]
+        while above and not inside[above]:
+            above = above.rpartition(".")[0]
+        own[above] -= count / 2
     return {name: count for name, count in own.items() if count}
 
 
@@ -130,9 +136,10 @@ def checked_score(value: Quality, *, of: str) -> Quality:
     if isinstance(value, Samples):
         _check_samples(value, of)
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"evaluate must return a float, eke.Counts or eke.compression.Samples, got {type(value).__name__} for {of}."
+            f"evaluate must return a float, eke.Counts or eke.compression.Samples, got {type(value).__name__} for {of}"
+            f"{': (correct, total) is eke.Counts(correct, total)' if isinstance(value, tuple) else ''}."
         )
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"evaluate returned {value} for {of}: check the metric and the data.")

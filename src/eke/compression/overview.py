@@ -27,6 +27,7 @@ from .recover import Recovery
 from .space import Space, explore
 from .tables import choices
 from .task import Task
+from .trial import differentiable
 
 _FIRST = 512
 """Calibration samples that predictions were corrected on; a calibration measures on the ones after them."""
@@ -181,11 +182,12 @@ def survey(
         ValueError: if the data do not fit the model, or nothing can be compressed.
     """  # noqa: DOC502
     # Time is wanted, so it is limited, to what it is.
-    prepared = prepare(
-        model, batches, budget=Budget(latency="1x"), loss=loss, structures=structures, solver=solver,
-        recovery=Recovery(), skip=skip, seed=seed, threads=threads, seconds=seconds, progress=progress,
-    )  # fmt: skip
-    with cost.pinned_threads(prepared.threads):
+    with differentiable():
+        prepared = prepare(
+            model, batches, budget=Budget(latency="1x"), loss=loss, structures=structures, solver=solver,
+            recovery=Recovery(), skip=skip, seed=seed, threads=threads, seconds=seconds, progress=progress,
+        )  # fmt: skip
+    with differentiable(), cost.pinned_threads(prepared.threads):
         return Survey(prepared, explore(prepared.job, prepared.run))
 
 

@@ -21,6 +21,7 @@ from .. import cost
 from .._types import Batch, Evaluate, Loss, Quality
 from ..structures import Structure
 from . import apply, measure
+from .arguments import check_budgets
 from .budget import Budget
 from .candidates import STRUCTURES, Solver
 from .checkpoint import Run, read_tensors, write_tensors
@@ -36,6 +37,7 @@ from .result import Result
 from .rounds import Planned, attempts, plan_nested, plan_within
 from .space import Space, explore
 from .task import Forward, Task
+from .trial import differentiable
 from .verify import verify
 
 
@@ -99,13 +101,14 @@ def compress(
         TypeError: if an argument has the wrong type.
         ValueError: if the data do not fit the model, nothing can be compressed, or no plan keeps the budget.
     """  # noqa: DOC502
-    prepared = prepare(
-        model, batches, loss=loss, budget=budget, evaluate=evaluate, report=report, example=example, forward=forward,
-        structures=structures, solver=solver, recovery=recovery, skip=skip, seed=seed, threads=threads,
-        seconds=seconds, folder=folder, resume=resume, progress=progress, recipe=recipe,
-    )  # fmt: skip
+    with differentiable():
+        prepared = prepare(
+            model, batches, loss=loss, budget=budget, evaluate=evaluate, report=report, example=example,
+            forward=forward, structures=structures, solver=solver, recovery=recovery, skip=skip, seed=seed,
+            threads=threads, seconds=seconds, folder=folder, resume=resume, progress=progress, recipe=recipe,
+        )  # fmt: skip
     job, run = prepared.job, prepared.run
-    with cost.pinned_threads(prepared.threads):
+    with differentiable(), cost.pinned_threads(prepared.threads):
         selection = _selection(job, prepared.notes)
         space = explore(job, run)
         found, net, early = _settled(job, space, run, selection)
@@ -153,21 +156,21 @@ def front(
         One result a budget, in their order. Each one's report shows the whole front.
 
     Raises:
+        TypeError: if an argument has the wrong type.
         ValueError: if there is no budget, one limits no cost, or no plan keeps one.
-    """
-    costless = [budget for budget in budgets if not budget.limited]
-    if not budgets or costless:
-        raise ValueError(f"front needs budgets that each limit a cost, got {list(costless or budgets)}.")
-    prepared = prepare(
-        model, batches, loss=loss, budget=budgets[-1], structures=structures, solver=solver, recovery=recovery,
-        skip=skip, seed=seed, threads=threads, seconds=seconds, progress=progress,
-    )  # fmt: skip
+    """  # noqa: DOC502
+    budgets = check_budgets(budgets)
+    with differentiable():
+        prepared = prepare(
+            model, batches, loss=loss, budget=budgets[-1], structures=structures, solver=solver, recovery=recovery,
+            skip=skip, seed=seed, threads=threads, seconds=seconds, progress=progress,
+        )  # fmt: skip
     # Time is measured for all if one budget limits it.
     timed = next((b for b in budgets if b.latency is not None), budgets[-1])
     memory = next((b for b in budgets if b.peak_memory is not None), budgets[-1])
     asked = replace(budgets[-1], latency=timed.latency, peak_memory=memory.peak_memory)
     # The run has no folder and keeps nothing, but it counts: a report says how often splits were opened by then.
-    with cost.pinned_threads(prepared.threads):
+    with differentiable(), cost.pinned_threads(prepared.threads):
         job = replace(prepared.job, budget=asked)
         selection = _selection(job, prepared.notes)
         space = explore(job, prepared.run)

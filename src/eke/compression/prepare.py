@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,21 +13,25 @@ import torch
 from torch import nn
 
 from .. import cost
-from .._types import Batch, Counts, Evaluate, Loss
-from ..sites import unwrap
+from .._errors import error_line
+from .._types import Batch, Evaluate, Loss, Quality
 from ..solvers import reconstruct
 from ..structures import Structure
 from . import measure
+from .advice import describe
+from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
 from .budget import Budget
 from .candidates import STRUCTURES, Solver, quick
 from .checkpoint import Run
-from .checks import check_batches, check_runs, check_task
+from .checks import check_batched, check_batches, check_task, shared_splits
 from .job import Job, Progress
 from .measure import Inputs
+from .original import check_module, check_sites, check_state, private_copy, without_history
 from .recover import Recovery
-from .task import Forward, Task, evaluating, split_batch
+from .task import Forward, Task, cross_entropy, evaluating, split_batch
 from .task import forward as default_forward
+from .trial import check_gradients, check_runs, guarded
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,26 @@ def prepare(
         ValueError: if the data do not fit the model.
     """  # noqa: DOC502
     bare, remarks = _unwrapped(model)
+    if not isinstance(batches, Task):
+        check_batched(batches)
+    budget, structures = check_budget(budget), check_structures(structures)
+    check_settings(
+        recovery=recovery, skip=skip, seed=seed, threads=threads, seconds=seconds, recipe=recipe, folder=folder,
+        resume=resume,
+    )  # fmt: skip
+    check_state(bare)
+    bare, probe, skip = without_history(bare), _probe(bare), tuple(skip)
+    remarks += _warned([f"Left as it is: {words}." for words in check_sites(bare, skip)])
     task = _as_task(batches, loss=loss, forward=forward)
-    if isinstance(batches, Task):
-        evaluate = evaluate or (lambda net: task.score(net, task.selection))
-        report = report or (lambda net: task.score(net, task.report))
-        check_task(task, budget.drop, bare)
+    _check_functions(task, evaluate=evaluate, report=report, progress=progress)
+    split = isinstance(batches, Task)
+    if split:
+        remarks += _warned(shared_splits(task))
+        check_task(task, budget.drop, probe)
     samples, first = check_batches(
         task.calibration,
-        lambda index, batch: check_runs(bare, batch, loss=task.loss, forward=task.forward, index=index),
+        lambda index, batch: _check_on(probe, batch, task, index),
+        classes=getattr(task.loss, "func", task.loss) is cross_entropy,
     )
     recovery = recovery or Recovery()
     job = Job(
@@ -92,14 +110,14 @@ def prepare(
         batches=task.calibration,
         loss=task.loss,
         budget=budget,
-        evaluate=evaluate,
-        report=report,
-        inputs=_inputs(example, first),
+        evaluate=_evaluation("evaluate", evaluate, task, task.selection if split else None),
+        report=_evaluation("report", report, task, task.report if split else None),
+        inputs=_inputs(example, first, task.forward, probe),
         forward=task.forward,
-        structures=_checked_structures(structures),
-        solver=solver or _default_solver(recovery),
+        structures=structures,
+        solver=checked_solver(solver) if solver else _default_solver(recovery),
         recovery=recovery,
-        skip=tuple(skip),
+        skip=skip,
         seed=seed,
         threads=threads or torch.get_num_threads(),
         seconds=seconds,
@@ -107,23 +125,56 @@ def prepare(
         progress=progress or (lambda stage, share, text: None),
     )
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
-    job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, evaluate))
+    job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, job.evaluate))
     return Prepared(job, run, remarks, _work_threads(job, run))
 
 
-def _checked_structures(structures: Sequence[Structure]) -> tuple[Structure, ...]:
-    wrong = [s for s in structures if isinstance(s, type) or not isinstance(s, Structure)]
-    if wrong:
+def _evaluation(name: str, given: Evaluate | None, task: Task, split: Iterable[Batch] | None) -> Evaluate | None:
+    """Return what was given, or the task's score on a split; its failures name it."""
+    if given is not None:
+        return guarded(f"{name}(model)", given)
+    return None if split is None else guarded("score(model, batches)", lambda net: task.score(net, split))
+
+
+def _warned(words: list[str]) -> list[str]:
+    """Return remarks for the report that are also warnings now."""
+    for text in words:
+        warnings.warn(text, stacklevel=4)
+    return words
+
+
+def _probe(model: nn.Module) -> nn.Module:
+    """Return a private copy for trying things out."""  # noqa: DOC501
+    probe = private_copy(model)
+    try:
+        return probe.eval()
+    except NotImplementedError as error:
         raise TypeError(
-            f"structures must have project, bits, check and exactness, got {wrong[0]!r} of {type(wrong[0]).__name__}."
-        )
-    nameless = [s for s in structures if f"0x{id(s):x}" in repr(s).lower()]
-    if nameless:
-        raise TypeError(
-            f"structures are recognised by their repr, and that of {nameless[0]!r} is another one in every process: "
-            "give its class a __repr__, or make it a dataclass."
-        )
-    return tuple(structures)
+            f"{type(model).__name__} cannot be put into evaluation mode ({error}): pass the nn.Module that the graph "
+            "was exported from."
+        ) from error
+
+
+def _check_on(probe: nn.Module, batch: Batch, task: Task, index: int) -> None:
+    """Run model and loss on the first batch of a form; on the very first one also what needs gradients."""
+    check_runs(probe, batch, loss=task.loss, forward=task.forward, index=index)
+    if index == 0:
+        check_gradients(probe, batch, loss=task.loss, forward=task.forward, index=index)
+
+
+def _check_functions(
+    task: Task, *, evaluate: Evaluate | None, report: Evaluate | None, progress: Progress | None
+) -> None:
+    """Refuse functions that cannot be called as they will be, before an hour was spent."""
+    check_call("loss", task.loss, "model", "batch")
+    check_call("forward", task.forward, "model", "batch")
+    check_call("score", task.score, "model", "batches")
+    if evaluate is not None:
+        check_call("evaluate", evaluate, "model")
+    if report is not None:
+        check_call("report", report, "model")
+    if progress is not None:
+        check_call("progress", progress, "stage", "share", "text")
 
 
 class _Counted:
@@ -142,7 +193,7 @@ def _counted(run: Run, evaluate: Evaluate | None) -> Evaluate | None:
     if evaluate is None:
         return None
 
-    def counted(model: nn.Module) -> float | Counts:
+    def counted(model: nn.Module) -> Quality:
         run.opening("selection")
         return evaluate(model)
 
@@ -171,7 +222,7 @@ def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: For
         return replace(batches, loss=loss or batches.loss, forward=forward or batches.forward)
     if loss is None:
         raise TypeError(
-            "compress needs loss=, a function loss(model, batch) that returns the mean loss; for classifiers "
+            "eke needs loss=, a function loss(model, batch) that returns the mean loss; for classifiers "
             "eke.compression.cross_entropy."
         )
     return Task(batches, (), (), loss=loss, forward=forward or default_forward)
@@ -185,9 +236,7 @@ def _default_solver(recovery: Recovery) -> Solver:
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compress needs a torch.nn.Module, got {type(model).__name__}.")
-    bare = unwrap(model)
+    bare = check_module(model)
     if bare is model:
         return bare, []
     return bare, [
@@ -195,12 +244,53 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     ]
 
 
-def _inputs(example: Any, first: Batch) -> Inputs:
+def _inputs(example: Any, first: Batch, forward: Forward, probe: nn.Module) -> Inputs:
+    """Return what the model is called with for measurements, once it was seen to run on it."""  # noqa: DOC501
     if example is None:
-        return split_batch(first)[0]
-    if isinstance(example, dict):
-        return example
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+        called = None if forward is default_forward else _called_with(probe, first, forward)
+        inputs: Inputs = split_batch(first)[0] if called is None else called
+    elif isinstance(example, dict):
+        inputs = example
+    else:
+        inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    try:
+        with evaluating(probe):
+            measure.call(probe, inputs)
+    except Exception as error:
+        which = "example" if example is not None else "the first batch without forward="
+        shape = describe(inputs)
+        raise ValueError(
+            f"The model does not run on {which}, {shape}: {error_line(error)}. Give example=, what the model is called "
+            "with: a tensor, a tuple of positional or a dictionary of keyword arguments."
+        ) from error
+    return inputs
+
+
+def _called_with(probe: nn.Module, batch: Batch, forward: Forward) -> Inputs | None:
+    """Return what a `forward` of the user's own calls the model with, or None where it calls something else."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen.append((arguments, keywords))
+
+    handle = probe.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with evaluating(probe):
+            forward(probe, batch)
+    finally:
+        handle.remove()
+    if not seen:
+        return None
+    arguments, keywords = seen[0]
+    if not arguments or not keywords:
+        return arguments or keywords
+    bound = inspect.signature(probe.forward).bind(*arguments, **keywords)
+    kinds = {parameter.kind for parameter in bound.signature.parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
+        return None
+    variable = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    named = dict(bound.arguments)
+    return {**{k: v for k, v in named.items() if k != variable}, **named.get(variable or "", {})}
 
 
 def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._errors import error_line, own_words
 from ..sites import Site
 from ..structures import Exactness, Structure, Supported, UniformGrid, straight_through
 from ..training import run
+from .advice import describe
 from .checkpoint import read_tensors, write_tensors
 from .hidden import Hint, Watch, distance
 from .lessons import Lessons, distillation
@@ -50,6 +52,7 @@ class Recovery:
             it out.
 
     Raises:
+        TypeError: if steps or batch_size is no whole number.
         ValueError: if a number is out of range.
     """
 
@@ -63,6 +66,9 @@ class Recovery:
     hidden: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Recovery.{name} must be a whole number, got {value!r}.")
         if self.steps < 0 or self.batch_size < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"Recovery needs steps >= 0, batch_size >= 1, learning_rate > 0 and weight_decay >= 0, got {self}."
@@ -185,7 +191,11 @@ def recover_(
 
     Returns:
         Losses of the steps that ran here.
-    """
+
+    Raises:
+        TypeError: if `recovery.match` returns no tensor.
+        ValueError: if the model cannot be trained on a batch; names the step.
+    """  # noqa: DOC502
     trained = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
     flags = [p.requires_grad for _, p in trained]
     for _, parameter in trained:
@@ -211,7 +221,12 @@ def recover_(
         # Dropout draws from the global generator: it is seeded for this step alone and put back.
         with torch.random.fork_rng(devices=sorted({p.device.index for _, p in trained if p.is_cuda})):
             torch.manual_seed((seed * 1_000_003 + index) % 2**63)
-            loss = _loss(model, batch, answers, recovery=recovery, forward=forward, teacher=teacher)
+            try:
+                loss = _loss(model, batch, answers, recovery=recovery, forward=forward, teacher=teacher)
+            except Exception as error:
+                if own_words(error):
+                    raise
+                raise ValueError(_failed(error, index, batch)) from error
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -251,13 +266,38 @@ def _loss(
 ) -> Tensor:
     """Return the distance of outputs, and of hidden states where they are asked for."""
     if teacher is None or not recovery.hidden or not teacher.hints:
-        return recovery.match(forward(model, batch), answers)
+        return _matched(recovery, forward(model, batch), answers)
     names = [hint.name for hint in teacher.hints]
     with torch.no_grad(), Watch(teacher.model, names) as wanted:
         forward(teacher.model, batch)
     with Watch(model, names) as ours:
-        loss = recovery.match(forward(model, batch), answers)
+        loss = _matched(recovery, forward(model, batch), answers)
     return loss + recovery.hidden * distance(teacher.hints, ours.outputs, wanted.outputs)
+
+
+def _matched(recovery: Recovery, ours: Any, theirs: Any) -> Tensor:
+    """Return the distance of outputs.
+
+    Raises:
+        TypeError: if it is no scalar tensor with a gradient.
+    """
+    loss = recovery.match(ours, theirs)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(
+            "Recovery.match(student, teacher) must return a scalar tensor with a gradient, got "
+            f"{tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}."
+        )
+    return loss
+
+
+def _failed(error: BaseException, index: int, batch: Any) -> str:
+    """Return what to do about a step that fails."""
+    mend = "recovery trains the model, so its forward must work in training mode"
+    if "more than 1 value per channel" in str(error):
+        mend = "batch normalisation needs several samples: raise Recovery(batch_size=), or set drop_last=True"
+    elif isinstance(error, torch.OutOfMemoryError):
+        mend = "lower Recovery(batch_size=)"
+    return f"Step {index} of the recovery failed on {describe(batch)}, {error_line(error)}: {mend}."
 
 
 def _register(
