@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from eke import Counts, cost
-from eke.compression import accuracy, measure
+from eke.compression import Samples, accuracy, interval, measure
 from eke.compression.intervals import paired_difference, wilson
+from eke.compression.spread import worsening
 
 from .nets import batches, samples, state, trained
 
@@ -142,3 +143,68 @@ def test_accuracy_knows_the_order_of_its_samples():
 def test_accuracy_counts_a_sample_once():
     with pytest.raises(ValueError, match=r"logits \(batch, classes\), got \(2, 3, 4, 4\) in batch 0"):
         accuracy(nn.Identity(), [(torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))])
+
+
+def errors(*values: float, order: str | None = "x") -> Samples:
+    return Samples.mean(torch.tensor(values, dtype=torch.float64), name="error", lower_is_better=True, order=order)
+
+
+def test_a_drop_of_samples_is_relative_to_the_first_metric():
+    before, after = errors(1.0, 2.0, 3.0, 2.0), errors(1.1, 2.1, 3.2, 2.0)
+    drop = measure.drop_between(before, after, limit=0.1)
+    assert (drop.unit, drop.limit) == ("%", pytest.approx(10))
+    assert drop.points == pytest.approx(5)
+    found = worsening(before, after)
+    assert drop.interval == pytest.approx((100 * found.interval[0], 100 * found.interval[1]))
+    assert drop.method == "jackknife over 4 samples, paired"
+    assert measure.drop_between(after, before, limit=0.1).points < 0
+    assert "unpaired" in measure.drop_between(before, errors(1.1, 2.1, 3.2, 2.0, order="y"), limit=0.1).method
+
+
+def test_a_drop_of_samples_is_proved_when_the_whole_interval_is_within_the_limit():
+    before, after = errors(*[1.0, 2.0] * 50), errors(*[1.02, 2.0] * 50)
+    end = measure.drop_between(before, after, limit=None).interval[1]
+    assert measure.drop_between(before, after, limit=1.001 * end / 100).proved
+    assert not measure.drop_between(before, after, limit=0.999 * end / 100).proved
+
+
+def test_a_first_error_of_zero_allows_none():
+    drop = measure.drop_between(errors(0.0, 0.0), errors(0.0, 0.1), limit=0.01)
+    assert (drop.unit, drop.limit) == ("", 0.0)
+    assert drop.points == pytest.approx(0.05)
+    assert not drop.proved
+
+
+def test_a_score_of_samples_carries_name_direction_and_interval():
+    value = errors(1.0, 2.0, 3.0, 2.0)
+    score = measure.as_score(value)
+    assert (score.name, score.value, score.lower_is_better, score.percent) == ("error", 2.0, True, False)
+    assert score.interval == interval(value)
+    assert score.method == "jackknife over 4 samples"
+    assert measure.as_number(value) == -2.0
+
+
+def test_counts_keep_their_name():
+    assert measure.as_score(Counts(1, 2, name="recall at 5")).name == "recall at 5"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            errors(1.0),
+            "The error of 1 samples cannot be computed without one of them for the model, so it has no inter",
+        ),
+        (
+            Samples.mean(torch.ones(3), weights=torch.tensor([1.0, 0.0, 0.0]), name="share"),
+            "The share of 3 samples cannot be computed without one of them for the model",
+        ),
+        (
+            Samples.mean(torch.ones(3), weights=torch.zeros(3), name="share"),
+            "The share is nan for the model: check the metric and the data",
+        ),
+    ],
+)
+def test_a_metric_that_hangs_on_one_sample_is_refused(value, text):
+    with pytest.raises(ValueError, match=text):
+        measure.checked_score(value, of="the model")
