@@ -75,6 +75,17 @@ def scored():
     return {**splits(), "score": negative_loss}
 
 
+def regression():
+    def part(count, seed):
+        images = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            targets = build()(images) + 0.1 * torch.randn(count, 4, generator=torch.Generator().manual_seed(seed + 9))
+        return list(zip(images.split(50), targets.split(50)))
+
+    score, loss = eke.compression.mean_absolute_error, eke.compression.squared_loss
+    return eke.Task(part(100, 1), part(40, 2), part(200, 3), score=score, loss=loss)
+
+
 def misspelt():
     return {**splits(), "sellection": []}
 

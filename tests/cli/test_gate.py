@@ -65,6 +65,34 @@ def test_a_plain_score_is_compared_as_it_is(eke):
     assert "no interval" in answer["drop"]["method"]
 
 
+NEARLY = """
+import torch
+from cli_tiny_model import build
+
+
+def nearly():
+    model = build()
+    with torch.no_grad():
+        model[-1].bias += 0.02
+    return model
+"""
+
+
+def test_a_metric_of_samples_passes_by_the_upper_end_of_its_relative_interval(eke, tmp_path):
+    (tmp_path / "cli_biased.py").write_text(NEARLY)
+    words = ["gate", SOURCE[0], f"{tmp_path}/cli_biased.py:nearly", "--data", "cli_tiny_data.py:regression", *QUICK]
+    drop = json.loads(eke(*words, "--max-drop", "99%", "--json").stdout)["drop"]
+    assert drop["unit"] == "%"
+    assert drop["interval"][0] < drop["points"] < drop["interval"][1]
+    between = (drop["points"] + drop["interval"][1]) / 2
+    failed = json.loads(eke(*words, "--max-drop", f"{between}%", "--json", code=1).stdout)
+    assert failed["limits"][0]["unit"] == "%"
+    assert (failed["old"]["score"]["metric"], failed["old"]["score"]["samples"]) == ("mean absolute error", 200)
+    told = " ".join(eke(*words, "--max-drop", "99%").stdout.split())
+    assert "mean absolute error, lower is better" in told
+    assert "% relative:" in told
+
+
 def test_too_few_samples_say_how_many_are_needed(eke, finished):
     told = eke("gate", finished, finished, *QUICK, code=1).stderr
     assert "200 samples cannot prove a drop of at most 0.5 points" in told

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 
 import pytest
+from typer.testing import CliRunner
 
 from eke import cost
+from eke.cli.main import app
 from eke.cli.verify import compare_scores
 from eke.report import Document
+
+from .conftest import EASY, QUICK, SOURCE
 
 
 def opened(folder):
@@ -80,6 +85,7 @@ def test_a_folder_without_artifact_and_an_unknown_split_are_errors(eke, tmp_path
     assert "--split must be selection or report, got 'selektion'. Did you mean 'selection'?" in told
 
 
+ERROR = {"value": 0.25, "metric": "mean absolute error", "samples": 200}
 COUNTS = {"value": 0.5, "correct": 50, "total": 100}
 
 
@@ -93,6 +99,11 @@ COUNTS = {"value": 0.5, "correct": 50, "total": 100}
         ({"value": -0.25}, COUNTS, None),
         (COUNTS, {"value": 0.5}, None),
         (None, COUNTS, None),
+        (ERROR, ERROR, True),
+        (ERROR, {**ERROR, "value": 0.26}, False),
+        (ERROR, {**ERROR, "metric": "perplexity"}, None),
+        (ERROR, {"value": 0.25}, None),
+        ({"value": 0.25, "correct": None, "total": None, "metric": None}, {"value": 0.25}, True),
     ],
 )
 def test_scores_are_compared_with_their_own_kind(recorded, found, same):
@@ -112,3 +123,30 @@ def test_it_is_checked_with_the_recorded_number_of_threads(eke, result, monkeypa
     monkeypatch.setattr(cost, "pinned_threads", pin)
     eke("verify", result)
     assert pinned == [wanted]
+
+
+@pytest.fixture(scope="session")
+def regressed(files):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        words = ["compress", SOURCE[0], "--data", "cli_tiny_data.py:regression", *EASY, *QUICK, "--out", "regressed"]
+        done = CliRunner().invoke(app, words, prog_name="eke")
+    assert done.exit_code in (0, 3), f"{done.output}\n{done.exception!r}"
+    return files / "regressed"
+
+
+def test_a_metric_of_samples_is_compared_on_both_splits(eke, regressed):
+    for split, count in (("selection", 40), ("report", 200)):
+        answer = json.loads(eke("verify", regressed, "--split", split, "--json").stdout)
+        assert answer["same"] is True
+        assert [check["same"] for check in answer["checks"]] == [True, True, True]
+        assert (answer["score"]["metric"], answer["score"]["samples"]) == ("mean absolute error", count)
+    assert "score on the selection split: same; mean absolute error 0." in eke("verify", regressed).stdout
+
+
+def test_another_value_of_a_metric_is_different(eke, regressed, tmp_path):
+    spoiled = shutil.copytree(regressed, tmp_path / "spoiled")
+    edit(spoiled, lambda checks: checks["selection"].update(value=0.5))
+    shown = eke("verify", spoiled, code=1).stdout
+    assert "score on the selection split: DIFFERENT; mean absolute error 0." in shown
+    assert "recorded is mean absolute error 0.5" in shown

@@ -120,7 +120,7 @@ def test_other_tasks_go_through_the_whole_job(quick, tmp_path, case):
     assert {split.name: split.samples for split in result.evidence.splits}["report"] == 80
     said = result.document().verdict.text
     assert f"{name} " in said
-    assert f"{abs(wanted):.2f}\u00a0% relative {'worse' if wanted > 0 else 'better'})" in said
+    assert f"{abs(wanted):.2f}\u00a0% {'worse' if wanted > 0 else 'better'})" in said
     folder = result.save(tmp_path / "saved")
     recorded = json.loads((folder / "plan.json").read_text())["checks"]["selection"]
     assert (recorded["metric"], recorded["samples"]) == (name, 64)

@@ -275,6 +275,37 @@ def tiny() -> Document:
     )
 
 
+def perplexity() -> Document:
+    """A metric of which less is better, with a relative drop."""
+
+    def score(value: float) -> Score:
+        name, method = "perplexity", "jackknife over 800 samples"
+        return Score(value, interval=(0.97 * value, 1.04 * value), method=method, name=name, lower_is_better=True)
+
+    base = good()
+    points = tuple(
+        FrontPoint(label, kind, value, (0.97 * value, 1.04 * value), size)  # type: ignore[arg-type]
+        for label, kind, value, size in (
+            ("original", "original", 23.1, 1_240_000),
+            ("compressed", "chosen", 23.3, 96_800),
+            ("from scratch", "control", 31.0, 96_800),
+        )
+    )
+    return Document(
+        "compress",
+        "Language model",
+        "0.1.0",
+        base.created,
+        Verdict(True, True, "File 12.8x smaller, perplexity 23.10 to 23.30 (0.87 % worse)."),
+        budget=(BudgetLine("drop", "1%", 1.0, 0.87, "%", True),),
+        before=Measured("original", score(23.1), 1_240_000),
+        after=Measured("compressed", score(23.3), 96_800),
+        drop=Drop(0.87, (0.31, 1.44), 0.95, "jackknife over 800 samples, paired", False, 1.0, "%"),
+        front=points,
+        controls=(Control("From scratch", "The same net", score(31.0)),),
+    )
+
+
 HOSTILE = '<script>alert("x")</script>&\'"\u202e\x00\ud800</title></style>'
 
 
@@ -338,4 +369,13 @@ def huge(count: int = 400) -> Document:
     )
 
 
-CASES = {"good": good, "unmet": unmet, "gate": gate, "inspect": inspect, "tiny": tiny, "hostile": hostile, "huge": huge}
+CASES = {
+    "good": good,
+    "unmet": unmet,
+    "gate": gate,
+    "inspect": inspect,
+    "tiny": tiny,
+    "perplexity": perplexity,
+    "hostile": hostile,
+    "huge": huge,
+}

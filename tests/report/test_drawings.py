@@ -56,6 +56,37 @@ def test_better_points_are_higher_and_costlier_ones_further_right():
     assert a[1] < b[1]
 
 
+def test_the_lowest_is_the_highest_where_less_is_better():
+    points = (
+        FrontPoint("a", "original", 23.1, (22.0, 24.5), 100, None, None),
+        FrontPoint("b", "chosen", 31.0, None, 50, None, None),
+    )
+    made = front_chart(points, "bytes", as_percent=False, lower_is_better=True)
+    b, a = ([*map(float, re.findall(r"[\d.]+", o.get("transform")))] for o in elements(made, "g", role="option"))
+    assert a[1] < b[1]
+    told = {o.get("aria-label") for o in elements(made, "g", role="option")}
+    assert "a, original, measured: 23.10, 100\u00a0B" in told
+    ticks = [t.text for t in ET.fromstring(made).iter("text") if t.get("text-anchor") == "end" and t.get("x") == "82"]
+    assert len(ticks) > 2
+    assert not any("\u2212" in text for text in ticks)
+    whisker = elements(made, "line", **{"class": "whisker"})[0]
+    assert float(whisker.get("y1")) > a[1] > float(whisker.get("y2"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "axis", "limit"),
+    [
+        ("points", "points lost", "limit 1.00"),
+        ("%", "per cent worse than before", "limit 1.00 %"),
+        ("", "lost, in the unit of the score", "limit 1"),
+    ],
+)
+def test_the_drop_plot_names_its_unit(unit, axis, limit):
+    made = drop_plot(Drop(0.5, (0.2, 0.8), limit=1.0, unit=unit)).replace("\u00a0", " ")
+    assert axis in made
+    assert f">{limit}</text>" in made
+
+
 def test_points_without_score_or_cost_are_left_out():
     points = (*front(), FrontPoint("x", "candidate", None, None, 5), FrontPoint("y", "candidate", 0.5, None, None, 1.0))
     assert len(elements(front_chart(points, "bytes", as_percent=True), "g", role="option")) == len(front())

@@ -175,6 +175,18 @@ def test_numbers_stand_with_their_intervals():
         assert part in text
 
 
+def test_a_metric_of_which_less_is_better_says_so():
+    text = text_of(PAGES["perplexity"])
+    for part in (
+        "Perplexity, lower is better",
+        "22.60 to 24.23 (jackknife over 800 samples, 95 %)",
+        "Drop: 0.87 % relative, 0.31 to 1.44 % (jackknife over 800 samples, paired, 95 %)",
+        "within the limit of 1.00 % relative, but not the whole interval",
+        "1%0.87 %",
+    ):
+        assert part in text
+
+
 def test_a_speed_that_is_not_claimed_is_not_called_faster():
     text = text_of(PAGES["unmet"])
     assert "2.42× measured, but no speed-up is claimed" in text

@@ -45,6 +45,12 @@ def test_summary_and_verdict_are_there():
     assert "Budget met, verified. At most 1 point" in text
 
 
+def test_a_metric_of_which_less_is_better_says_so():
+    text = shown(CASES["perplexity"]())
+    for part in ("perplexity, lower is better", "23.10", "drop 0.87 % relative: 0.31 to 1.44 %", "0.87 %"):
+        assert part in text
+
+
 def test_unmet_budget_and_unclaimed_speed_are_said():
     text = shown(CASES["unmet"]())
     assert "Budget not met, verified." in text

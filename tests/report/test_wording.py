@@ -85,5 +85,33 @@ def test_details_say_when_there_is_no_interval():
     assert wording.speed_detail(Speedup(2.0, threads=4, batch=8)) == "no interval, 4 threads, batch 8"
 
 
+def test_a_score_says_its_direction():
+    assert wording.score_name(Score(0.9)) == "accuracy"
+    assert wording.score_name(Score(23.1, name="perplexity", lower_is_better=True)) == "perplexity, lower is better"
+
+
+def test_a_metric_is_a_share_if_it_says_so():
+    assert wording.score(Score(0.5, name="mean IoU", percent=True)) == "50.00\u00a0%"
+    assert wording.score(Score(0.5, name="mean reciprocal rank")) == "0.5000"
+    assert wording.score(Score(23.14, name="perplexity", lower_is_better=True)) == "23.14"
+
+
+@pytest.mark.parametrize(
+    ("unit", "told", "detail", "quantity"),
+    [
+        ("points", "0.87 points", "0.31 to 1.44 (95 %)", "0.87 points"),
+        ("%", "0.87 % relative", "0.31 to 1.44 % (95 %)", "0.87 %"),
+        ("", "0.87", "0.310 to 1.44 (95 %)", "0.870"),
+    ],
+)
+def test_a_drop_is_told_in_its_unit(unit, told, detail, quantity):
+    shown = (
+        wording.difference(0.87, unit),
+        wording.drop_detail(Drop(0.87, (0.31, 1.44), unit=unit)),
+        wording.quantity(0.87, unit),
+    )
+    assert [text.replace(wording.NBSP, " ") for text in shown] == [told, detail, quantity]
+
+
 def test_glossary_has_the_four_words():
     assert [name for name, _ in wording.GLOSSARY] == ["measured", "statistical", "proved", "estimated"]

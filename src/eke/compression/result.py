@@ -234,7 +234,7 @@ def _change(before: Quality, after: Quality, drop: Drop) -> str:
     """Return what became of the quality, in words."""
     if isinstance(before, Samples) and isinstance(after, Samples):
         values = f"{wording.score(as_score(before))} to {wording.score(as_score(after))}"
-        much = wording.difference(abs(drop.points), drop.unit)
+        much = wording.difference(abs(drop.points), drop.unit).removesuffix(" relative")
         return f"{before.metric.name} {values} ({much} {'worse' if drop.points > 0 else 'better'})"
     unit = "points" if drop.unit == "points" else "of the score"
     lost = f"{abs(drop.points):.2f}" if drop.unit == "points" else f"{abs(drop.points):.3g}"
