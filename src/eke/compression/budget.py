@@ -2,7 +2,8 @@
 
 A quantity is a number with a unit. Relative ones refer to the model that is compressed: "0.5x" and "50%" are half of
 what it costs now. Absolute ones: "3ms", "400kB", "1.5GMAC", plain numbers for counts. `max_drop` is a loss of quality:
-"1%" is one percentage point where the evaluation counts correct samples, and one percent of the score elsewhere.
+"1%" is one percentage point where the evaluation counts correct samples, and one percent of the original's metric
+elsewhere: an error or a perplexity of at most 1.01 times, a mean IoU of at least 0.99 times what it was.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _split(name: str, quantity: str | float) -> tuple[float, str]:
     divisor = float(match[2] or 1)
     value = float(match[1]) / divisor if divisor else math.inf
     if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"Budget.{name} must be positive and finite, got {quantity!r}.")
+        advice = "; samples never prove a drop of 0: give '0.5%', or leave it out" if name == "max_drop" else ""
+        raise ValueError(f"Budget.{name} must be positive and finite, got {quantity!r}{advice}.")
     return value, match[3].lower()
 
 
@@ -159,7 +161,8 @@ class Budget:
         units = _UNITS[name]
         if unit not in units:
             allowed = ", ".join(repr(u) for u in ("x", "%", *units) if u)
-            raise ValueError(f"Budget.{name} has the unknown unit {unit!r} in {quantity!r}; allowed: {allowed}.")
+            what = f"the unknown unit {unit!r}" if unit else "no unit"
+            raise ValueError(f"Budget.{name} has {what} in {quantity!r}; allowed: {allowed}.")
         return value * units[unit]
 
     def to_json(self) -> dict[str, str | float]:
