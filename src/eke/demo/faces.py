@@ -5,10 +5,10 @@ detection and alignment using multitask cascaded convolutional networks", 2016. 
 features of R-Net and O-Net are turned (width, height, channels) before their first linear layer, as they were trained.
 
 Data: `lfw_subset` of the wheel scikit-image: 100 faces and 100 other patches of 25 x 25 grey pixels. So few that each
-report answer is more than a point: 80 are calibration (each in ten views: mirrored, and cut at the corners), 40
-selection, 80 report. The score is the share of patches told apart. Offsets of boxes and landmarks have no truth here;
-their loss holds them to the original's answers: the negative log-likelihood of answers drawn around the original's own,
-whose squared gradients are the Fisher information.
+report answer is more than a point: 80 are calibration (each in thirty views: mirrored, cut at the corners, fainter and
+stronger), 40 selection, 80 report. The score is the share of patches told apart. Offsets of boxes and landmarks have no
+truth here; their loss holds them to the original's answers: the negative log-likelihood of answers drawn around the
+original's own, whose squared gradients are the Fisher information.
 """
 
 from __future__ import annotations
@@ -155,11 +155,11 @@ def sized(grey: Tensor, pixels: int) -> Tensor:
 
 
 def _views(grey: Tensor, pixels: int) -> list[Tensor]:
-    """Return patches whole and without two pixels at each corner, and their mirror images, ready for a network."""
+    """Return patches whole and without two pixels at each corner, mirrored, in three contrasts, ready for a network."""
     cut = grey.shape[-1] - 2
     corners = [grey[..., y : y + cut, x : x + cut] for y in (0, 2) for x in (0, 2)]
     seen = [sized(view, pixels) for view in (grey, *corners)]
-    return [*seen, *(view.flip(-1) for view in seen)]
+    return [contrast * view for contrast in (1.0, 0.75, 1.25) for one in seen for view in (one, one.flip(-1))]
 
 
 def _answers(outputs: dict[str, Tensor]) -> Tensor:
