@@ -81,7 +81,10 @@ def build() -> Embedder:
 
 
 def paragraphs() -> list[tuple[str, ...]]:
-    """Return the sentences of every paragraph of prose in Python's topics, in the order in which they are dealt out."""
+    """Return the sentences of paragraphs of prose in Python's topics, in the order in which they are dealt out.
+
+    No two paragraphs share a sentence, so that no sentence is in two splits.
+    """
     found = {}
     for text in topics.values():
         for block in re.split(r"\n\s*\n", text):
@@ -91,7 +94,12 @@ def paragraphs() -> list[tuple[str, ...]]:
             sentences = tuple(_SENTENCE.split(flat))
             if len(sentences) > 1 and len(sentences[0]) >= _SHORTEST <= len(" ".join(sentences[1:])):
                 found[flat] = sentences
-    return [found[flat] for flat in shuffled(found)]
+    kept, seen = [], set[str]()
+    for flat in shuffled(found):
+        if seen.isdisjoint(found[flat]):
+            kept.append(found[flat])
+            seen.update(found[flat])
+    return kept
 
 
 def pairs(chosen: Sequence[Sequence[str]], *, every: bool) -> list[tuple[int, str, str]]:
