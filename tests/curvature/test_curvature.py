@@ -381,3 +381,40 @@ def test_tokens_flattened_before_a_layer_are_one_sample_s_locations():
     torch.testing.assert_close(one.a, two.a)
     delta = torch.randn(4, 5, dtype=torch.float64)
     assert one.quadratic(delta) == pytest.approx(two.quadratic(delta), rel=1e-9)
+
+
+class Sequence(nn.Module):
+    """Tokens through a two-way GRU, self-attention and an LSTM cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, bidirectional=True, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cell = nn.LSTMCell(8, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        states, _ = self.gru(x)
+        states = self.attention(states, states, states, need_weights=False)[0]
+        h, c = self.cell(states[:, 0])
+        return self.head(self.cell(states[:, 1], (h, c))[0])
+
+
+def test_recurrent_and_attention_matrices_have_the_gradient_of_autograd():
+    torch.manual_seed(0)
+    model = Sequence().double().eval()
+    data = [(torch.randn(6, 5, 3, dtype=torch.float64), torch.randint(0, 2, (6,))) for _ in range(2)]
+
+    def loss(net, batch):
+        return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+    found = find(model)
+    curvature = Curvature.estimate(model, loss, data, found)
+    assert curvature.names == tuple(site.name for site in found)
+    assert len(found) == 9
+    (sum(loss(model, batch) for batch in data) / 2).backward()
+    for site in found:
+        delta = torch.randn(site.shape, dtype=torch.float64)
+        gradient = site.tensor(model).grad.reshape(site.shape)
+        assert curvature.linear(site.name, delta) == pytest.approx(float((gradient * delta).sum()), abs=1e-12)
+        assert curvature.quadratic(site.name, delta) > 0

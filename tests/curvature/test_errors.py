@@ -263,7 +263,7 @@ def test_too_few_samples_warn_once_a_site_by_name():
 
 def test_sites_that_cannot_be_hooked_are_refused():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 1))
-    with pytest.raises(ValueError, match=r"can be hooked.*got \['0'\]"):
+    with pytest.raises(ValueError, match=r"inputs and outputs can be seen.*got \['0'\]"):
         Curvature.estimate(model, mean_square, [torch.zeros(4, dtype=torch.long)], sites=find(model))
 
 

@@ -137,7 +137,7 @@ def test_writing_what_was_read_changes_nothing(model):
 def test_every_matrix_is_named_once():
     expected = {
         "patch": ("conv", (16, 48), 1, 1),
-        "attention.in_proj_weight": ("attention", (48, 16), 3, 1),
+        "attention.in_proj_weight": ("attention", (48, 16), 1, 1),
         "attention.out_proj": ("attention", (16, 16), 1, 1),
         "mlp.0": ("linear", (24, 16), 1, 1),
         "mlp.2": ("linear", (16, 24), 1, 1),
@@ -208,10 +208,16 @@ def test_only_sites_with_their_own_boundary_are_hookable():
         site.name for site in sites.find(nn.ModuleList([Encoder(), Recurrent(), Padded(1, 1, 3)])) if site.hookable
     }
     assert hookable == {"0.patch", "0.mlp.0", "0.mlp.2", "0.head", "1.hidden", "1.head"}
-    site = next(site for site in sites.find(Encoder()) if site.name == "attention.in_proj_weight")
+    visible = {site.name for site in sites.find(nn.ModuleList([Encoder(), Recurrent()])) if site.visible}
+    assert visible - hookable == {
+        "0.attention.in_proj_weight", "0.attention.out_proj", "1.lstm.weight_ih_l0", "1.lstm.weight_hh_l0",
+    }  # fmt: skip
+    site = next(site for site in sites.find(Recurrent()) if site.name == "embedding")
     for method in (site.inputs_to_rows, site.output_to_rows):
-        with pytest.raises(ValueError, match=r"'attention.in_proj_weight' \(attention\) has no module whose input"):
-            method(torch.zeros(2, 3, 16))
+        with pytest.raises(ValueError, match=r"'embedding' \(embedding\) has no module whose input"):
+            method(torch.zeros(2, 3, 8))
+    assert not any(site.visible for site in sites.find(nn.LSTM(3, 5, proj_size=2)))
+    assert not any(site.visible for site in sites.find(nn.LSTM(3, 5)))  # the model itself cannot be replaced
 
 
 def quantized():

@@ -217,16 +217,16 @@ def cut(
         A new model in evaluation mode.
     """
     net = copy.deepcopy(model).eval()
-    by_module = {site.module_name: site for site in sites if site.name in curvature.names}
+    by_parameter = {site.parameter_name: site for site in sites if site.name in curvature.names}
     columns: dict[str, list[Tensor]] = {}
     for width in decisions.widths:
         option = picks.get(width.choice, 0)
         if option:
             dropped = width.group.dropped(width.keep(option))
             for member in width.group.consumers:
-                columns.setdefault(member.module_name, []).append(member.columns[dropped].flatten())
-    for module_name, parts in columns.items():
-        site = by_module.get(module_name)
+                columns.setdefault(member.parameter, []).append(member.columns[dropped].flatten())
+    for parameter, parts in columns.items():
+        site = by_parameter.get(parameter)
         if site is None:
             continue
         _compensate_(net, site, torch.cat(parts), curvature)
@@ -236,7 +236,7 @@ def cut(
 
 def _compensate_(net: nn.Module, site: Site, removed: torch.Tensor, curvature: Curvature) -> None:
     matrix, factors = site.read(net), curvature.factors(site.name)
-    bias = getattr(site.module(net), "bias", None)
+    bias = getattr(site.module(net), site.bias_name, None)
     removal = remove_columns(
         matrix,
         factors.a[0],

@@ -278,7 +278,7 @@ def readers(
 
     Args:
         group: The group.
-        sites: By module name.
+        sites: By name of the parameter.
         model: The model.
         curvature: Its factors at these sites.
 
@@ -287,7 +287,7 @@ def readers(
     """
     found = []
     for member in group.consumers:
-        site = sites.get(member.module_name)
+        site = sites.get(member.parameter)
         if site is None or site.name not in curvature.names or site.groups != 1:
             return None
         factors = curvature.factors(site.name)
@@ -304,22 +304,22 @@ def channel_candidates(
         model: The model.
         groups: Proved channel groups.
         sites: The model's matrices.
-        curvature: Estimated at the hookable ones.
+        curvature: Estimated at the visible ones.
 
     Returns:
         Candidates, one entry a group.
     """
-    by_module = {site.module_name: site for site in sites if site.hookable}
+    by_parameter = {site.parameter_name: site for site in sites if site.visible}
     proposed = []
     for group in groups:
-        consumers = readers(group, by_module, model, curvature)
-        kept = kept_counts(group.size)
+        consumers = readers(group, by_parameter, model, curvature)
+        kept = kept_counts(group.size, multiple=8 if group.unit != "heads" else 1)
         if consumers is None or len(kept) < 2:
             continue
         removal = greedy_removal(consumers, group.size - kept[-1])
         gone = [int(channel) for channel in removal.channels]
         order = (*gone, *sorted(set(range(group.size)) - set(gone)))
-        names = [by_module[member.module_name].name for member in group.consumers]
+        names = [by_parameter[member.parameter].name for member in group.consumers]
         parts = [(0.0, 0.0)]
         for count in kept[1:]:
             units = torch.tensor(gone[: group.size - count])
@@ -355,7 +355,7 @@ def form_candidates(
     Args:
         model: The model.
         sites: The model's matrices.
-        curvature: Estimated at the hookable ones.
+        curvature: Estimated at the visible ones.
         structures: Structures to consider.
         solver: Finds a member.
         factorable: Names of the sites that may become two factors.

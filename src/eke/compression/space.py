@@ -89,7 +89,7 @@ def explore(job: Job, run: Run) -> Space:
     Raises:
         ValueError: if nothing can be changed.
     """
-    sites = tuple(site for site in find(job.model, skip=job.skip) if site.hookable)
+    sites = tuple(site for site in find(job.model, skip=job.skip) if site.visible)
     if not sites:
         raise ValueError(_nothing(job, sites))
     path = run.path("statistics.safetensors")

@@ -51,6 +51,15 @@ class Dimension:
 Shapes = dict[str, list[Dimension]]
 
 
+def matrices_of(module: str, dimensions: Shapes) -> list[str]:
+    """Return the names of a module's own matrices: its weight, or those of a recurrent layer or an attention."""
+    prefix = f"{module}." if module else ""
+    if f"{prefix}weight" in dimensions:
+        return [f"{prefix}weight"]
+    own = (name for name in dimensions if name.startswith(prefix) and "." not in name[len(prefix) :])
+    return [name for name in own if "weight" in name and len(dimensions[name]) > 1]
+
+
 def shapes(model: nn.Module, widths: Sequence[Widths]) -> Shapes:
     """Describe every parameter and buffer of a model by its dimensions and the groups that cut them.
 
@@ -86,19 +95,22 @@ class Counter:
         sizes: Units of the group of each decision.
         blocks: Blocks that may be left out.
         forms: Candidates of matrices by the name of their parameter.
+        cores: Decision on the heads of each attention, by the module's name: its own work goes with them.
     """
 
     removed: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, int]
     blocks: tuple[Block, ...] = ()
     forms: Mapping[str, Forms] = field(default_factory=dict)
+    cores: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, decisions: Decisions) -> Counter:
         """Return a counter for these candidates."""
         removed = {w.choice: tuple(w.group.size - kept for kept in w.kept) for w in decisions.widths}
         sizes = {w.choice: w.group.size for w in decisions.widths}
-        return cls(removed, sizes, decisions.blocks, {f.site.parameter_name: f for f in decisions.forms})
+        cores = {w.group.name: w.choice for w in decisions.widths if w.group.unit == "heads"}
+        return cls(removed, sizes, decisions.blocks, {f.site.parameter_name: f for f in decisions.forms}, cores)
 
     def share(self, choice: str) -> Table:
         """Return the share of a group's units that each option keeps."""
@@ -234,16 +246,23 @@ def mac_terms(macs: Mapping[str, float], dimensions: Shapes, counter: Counter) -
     """
     terms = []
     for module, count in macs.items():
-        name = f"{module}.weight" if module else "weight"
-        weight = dimensions.get(name, [])
-        size, form = math.prod(d.size for d in weight), counter.forms.get(name)
+        if module in counter.cores:
+            choice = counter.cores[module]
+            terms.append(counter.term("macs", module, (choice,), [count * counter.share(choice)], None))
+            continue
+        names = matrices_of(module, dimensions)
+        weights = [dimensions[name] for name in names]
+        size, form = (
+            sum(math.prod(d.size for d in w) for w in weights),
+            counter.forms.get(f"{module}.weight".lstrip(".")),
+        )
         if form is not None and form.ranks:
-            matrix = counter.matrix(form, weight)
+            matrix = counter.matrix(form, weights[0])
             terms.append(counter.term("macs", module, matrix.over, by_option(count * matrix.entries / size), form))
         else:
-            over = counter.over(weight)
-            tables = [count * counter.product(weight, over) / max(1, size)]
-            terms.append(counter.term("macs", module, over, tables, None))
+            over = counter.over([d for w in weights for d in w])
+            left = sum((counter.product(w, over) for w in weights), counter.full(np.zeros([1] * len(over)), over))
+            terms.append(counter.term("macs", module, over, [count * left / size if size else left + count], None))
     return terms
 
 

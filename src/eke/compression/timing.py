@@ -18,7 +18,7 @@ import numpy as np
 
 from .graph import Table
 from .plan import Term, total
-from .tables import Counter, Matrix, Shapes, by_option, non_negative
+from .tables import Counter, Matrix, Shapes, by_option, matrices_of, non_negative
 
 VECTOR = 16
 """Channels that a kernel works on at once: a cut to 40 takes about as long as one to 48."""
@@ -77,7 +77,11 @@ def _features(module: str, dimensions: Shapes, counter: Counter) -> tuple[tuple[
     """Return the groups a module's time depends on, and the tables 1, in, out, in*out (those that vary), the last one
     also with channels rounded up to whole vectors.
     """  # noqa: D205
-    weight = dimensions.get(f"{module}.weight" if module else "weight", [])
+    if module in counter.cores:
+        choice = counter.cores[module]
+        return (choice,), [np.ones(1), counter.share(choice)]
+    names = matrices_of(module, dimensions)
+    weight = dimensions[names[-1]] if names else []
     over = counter.over(weight)
     stays = [(counter.stay(d, over), d.size) for d in weight if d.cuts]
     shares = [stay / size for stay, size in stays]

@@ -237,9 +237,9 @@ def _block_line(block: Block, option: int, alone: _Alone) -> PlanLine:
 def _width_line(width: Widths, option: int, alone: _Alone) -> PlanLine:
     size = width.group.size
     if not option:
-        return PlanLine(width.choice, f"keeps all {size} channels", predicted_loss=0.0, maturity="exact")
+        return PlanLine(width.choice, f"keeps all {size} {width.group.unit}", predicted_loss=0.0, maturity="exact")
     measured = alone(width.choice, option)
-    change = f"keeps {width.kept[option]} of {size} channels"
+    change = f"keeps {width.kept[option]} of {size} {width.group.unit}"
     return PlanLine(width.choice, change, predicted_loss=width.losses[option], measured_loss=measured, maturity="exact")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .._errors import suggest
 from .._types import Batch, Loss
-from ..sites import Site
+from ..sites import Site, open_
 from .factors import Basis, Factors, output_quadratic
 from .recorder import Recorder
 from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
@@ -72,7 +72,7 @@ class Curvature:
             loss: `loss(model, batch)`: mean loss over the samples of a batch. The number of samples is the first
                 dimension of the first tensor that the model is called with.
             batches: Calibration batches, read once.
-            sites: Matrix sites, all `hookable`.
+            sites: Matrix sites, all `visible`.
             outputs: Module name to channel dimension, for outputs whose changes `output_quadratic` shall price.
             max_samples: Stop after the batch that reaches this number.
             max_locations: Locations of a convolution's output used for A a sample (a shifting lattice); None for all.
@@ -83,21 +83,22 @@ class Curvature:
             The curvature. A site that the loss does not use is left out with a warning.
 
         Raises:
-            ValueError: if there are no batches, a site is not hookable, or data or loss are not finite or so large
+            ValueError: if there are no batches, a site is not visible, or data or loss are not finite or so large
                 that squares overflow.
         """
-        refused = [site.name for site in sites if not site.hookable]
+        refused = [site.name for site in sites if not site.visible]
         if refused:
-            raise ValueError(f"Curvature needs sites whose module can be hooked (`site.hookable`), got {refused}.")
+            raise ValueError(f"Curvature needs sites whose inputs and outputs can be seen (`visible`), got {refused}.")
         private = copy.deepcopy(model).eval().requires_grad_(False)
+        if not all(site.hookable for site in sites):
+            open_(private)
+            private.requires_grad_(False)
         totals = [SiteTotals(site, max_locations) for site in sites]
         borders = [BoundaryTotals(name, dim) for name, dim in (outputs or {}).items()]
         seen, index = 0, -1
         again: list[Batch] = []
         with (
-            Recorder(
-                private, [*(site.module_name for site in sites), *(border.name for border in borders)]
-            ) as recorder,
+            Recorder(private, [*(site.boundary for site in sites), *(border.name for border in borders)]) as recorder,
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
@@ -106,7 +107,7 @@ class Curvature:
                     again.append(batch)
                 calls, samples = recorder.run(loss, batch, index)
                 for total in totals:
-                    here = calls.get(total.site.module_name, [])
+                    here = calls.get(total.site.boundary, [])
                     total.add(here, samples, index)
                     for call in here:
                         total.add_gradient(weight_gradient(total.site, private, call), samples)
@@ -121,7 +122,7 @@ class Curvature:
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)
                 for moment in moments:
-                    moment.add(calls.get(moment.site.module_name, []), samples, number)
+                    moment.add(calls.get(moment.site.boundary, []), samples, number)
             known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(

@@ -64,7 +64,7 @@ def input_columns(site: Site, x: Tensor, chosen: Lattice | None) -> Tensor:
     """Return what the site's matrix multiplies, one column a sample and location.
 
     Args:
-        site: A hookable site.
+        site: A visible site.
         x: Input of its module.
         chosen: Locations of a convolution's output to use; None for all.
 

@@ -237,7 +237,8 @@ def weight_gradient(site: Site, model: nn.Module, call: Call) -> Tensor:
     Returns:
         The gradient of the site's matrix.
     """
-    module, parameter = site.module(model), site.tensor(model)
+    module = model.get_submodule(site.boundary)
+    parameter = site.tensor(model) if site.hookable else module.get_parameter("weight")
     parameter.requires_grad_(True)
     try:
         # Not module(x): hooks recorded this call already.

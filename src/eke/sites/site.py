@@ -46,6 +46,7 @@ class Site:
         hookable: Whether the module is called and returns exactly rows @ matrix.T + bias, so that hooks on it see this
             site's input and output. False for attention projections and recurrent weights (a fused kernel uses them),
             for embeddings and for classes that override `forward`.
+        openable: Whether `open_` puts a module in place that sees the site's input and output.
     """
 
     name: str
@@ -60,6 +61,22 @@ class Site:
     transposed: bool = False
     geometry: Geometry | None = None
     hookable: bool = True
+    openable: bool = False
+
+    @property
+    def boundary(self) -> str:
+        """Name of the module that sees the site's input and output: its own, or that of an opened model (`open_`)."""
+        return self.module_name if self.hookable else self.name
+
+    @property
+    def visible(self) -> bool:
+        """Whether a module sees the site's input and output, in the model itself or opened."""
+        return self.hookable or self.openable
+
+    @property
+    def bias_name(self) -> str:
+        """Attribute of the module that is added to the matrix product."""
+        return "bias" if self.parameter == "weight" else self.parameter.replace("weight", "bias")
 
     @property
     def parameter_name(self) -> str:
@@ -124,13 +141,13 @@ class Site:
             module_input: The module's input, or the tuple of inputs that a hook receives.
 
         Returns:
-            (samples, locations, groups, n). Then, for `hookable` sites, the module's output as given by
+            (samples, locations, groups, n). Then, for `visible` sites, the output of the module `boundary` as given by
             `output_to_rows` is einsum("slgn,gmn->slgm", rows, matrix.view(groups, m / groups, n)) + bias.
 
         Raises:
-            ValueError: if the site is not `hookable`, or the shape does not fit.
+            ValueError: if the site is not `visible`, or the shape does not fit.
         """
-        self._check_hookable()
+        self._check_visible()
         x = module_input if isinstance(module_input, Tensor) else module_input[0]
         if not isinstance(x, Tensor):
             raise ValueError(f"Site {self.name!r} needs a tensor as the module's first input, got {type(x).__name__}.")
@@ -148,18 +165,18 @@ class Site:
             (samples, locations, m), in the order of `inputs_to_rows`.
 
         Raises:
-            ValueError: if the site is not `hookable`, or the shape does not fit.
+            ValueError: if the site is not `visible`, or the shape does not fit.
         """  # noqa: DOC502
-        self._check_hookable()
+        self._check_visible()
         if self.geometry is not None:
             return channels_first_rows(output, self.shape[0], len(self.geometry.kernel))
         return channels_last_rows(output, self.shape[0])
 
-    def _check_hookable(self) -> None:
-        if not self.hookable:
+    def _check_visible(self) -> None:
+        if not self.visible:
             raise ValueError(
                 f"Site {self.name!r} ({self.kind}) has no module whose input and output are its own: "
-                f"{self.parameter_name!r} is applied inside a larger computation. Choose sites with `.hookable`."
+                f"{self.parameter_name!r} is applied inside a larger computation. Choose sites with `.visible`."
             )
 
 
@@ -270,8 +287,6 @@ def _site(module_name: str, module: nn.Module, parameter: str, *, tied: tuple[st
     elif isinstance(module, nn.modules.conv._ConvNd):
         geometry, groups = Geometry.of(module), module.groups
         shape = (module.out_channels, tensor.numel() // module.out_channels)
-    elif parameter == "in_proj_weight":
-        groups = 3
     elif kind in _GATES and not parameter.startswith("weight_hr"):
         gates = _GATES[kind]
     return Site(
@@ -287,6 +302,7 @@ def _site(module_name: str, module: nn.Module, parameter: str, *, tied: tuple[st
         transposed=transposed,
         geometry=geometry,
         hookable=_is_hookable(module),
+        openable=bool(module_name) and is_openable(module),
     )
 
 
@@ -302,6 +318,14 @@ def _kind(module: nn.Module) -> Kind:
     if isinstance(module, nn.GRU | nn.GRUCell):
         return "gru"
     return "rnn" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else "linear"
+
+
+def is_openable(module: nn.Module) -> bool:
+    """Return whether `open_` can open a module (a recurrent layer, an attention), or it is the last layer of such."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return True
+    known = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.MultiheadAttention)
+    return type(module) in known and not getattr(module, "proj_size", False)
 
 
 def _is_hookable(module: nn.Module) -> bool:
