@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eke import Budget, Counts, compress
+from eke._types import quotient
 from eke.compression import (
     Metric,
     Samples,
@@ -24,7 +25,6 @@ from eke.compression import (
 )
 from eke.compression.checkpoint import Run
 from eke.compression.measure import checked_score
-from eke.compression.metrics import quotient
 from eke.compression.result import plain
 from eke.compression.verify import _plain, _readable, _score, few_samples
 

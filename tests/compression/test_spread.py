@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from eke.compression import Metric, Samples, interval, paired_difference
 from eke.compression.dense import overlap
 from eke.compression.intervals import wilson
-from eke.compression.metrics import determination
+from eke.compression.regression import determination
 from eke.compression.spread import around, influences, worsening
 
 ERROR = {"name": "error", "lower_is_better": True}

@@ -7,11 +7,12 @@ from .artifact import load
 from .budget import Budget
 from .dense import dense_cross_entropy, mean_iou, pixel_accuracy
 from .lessons import distillation
-from .metrics import mean_absolute_error, mean_squared_error, r_squared, squared_loss, top_k_accuracy
+from .metrics import top_k_accuracy
 from .overview import Option, Survey, survey
 from .pipeline import compress, front
 from .plan import Choice, InfeasibleError, Plan, Term, choose, choose_nested
 from .recover import Recovery
+from .regression import mean_absolute_error, mean_squared_error, r_squared, squared_loss
 from .result import Result
 from .retrieval import contrastive_loss, embedding_of, mean_reciprocal_rank, recall_at
 from .spread import interval, paired_difference
