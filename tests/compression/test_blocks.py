@@ -11,12 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from eke.compression.apply import Layout, blueprint, shaped
-from eke.compression.blocks import Zero, block_candidates, leave_out_, removable
+from eke.compression.blocks import LeftOut, block_candidates, leave_out_, removable
 from eke.compression.candidates import Block, Decisions, Widths
 from eke.compression.task import cross_entropy
 from eke.sites import channel_groups, find
 
 from .nets import same, state
+
+BOTH = {"block": False, "branch": False}
+"""The blocks of `Residual`, which return one tensor each."""
 
 
 class Branch(nn.Module):
@@ -68,7 +71,7 @@ def call(model: nn.Module) -> torch.Tensor:
 
 
 def names_in(model: nn.Module, run=call, *, skip=()) -> list[str]:
-    return removable(model, [site for site in find(model) if site.name not in skip], run)
+    return list(removable(model, [site for site in find(model) if site.name not in skip], run))
 
 
 def test_innermost_modules_of_several_matrices_that_keep_the_shape_are_removable():
@@ -89,12 +92,12 @@ class Plain(nn.Module):
         return self.head(self.block(torch.tanh(self.stem(x))).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("shortcut", "wanted"), [(True, ["block"]), (False, [])])
+@pytest.mark.parametrize(("shortcut", "wanted"), [(True, {"block": False}), (False, [])])
 def test_a_block_is_removable_only_if_every_cut_of_channels_keeps_its_shape(shortcut, wanted):
     model = Plain(shortcut=shortcut).double().eval()
     before, groups = state(model), channel_groups(model, data(2)[0][0])
-    assert removable(model, find(model), call) == ["block"]
-    assert removable(model, find(model), call, groups=groups) == wanted
+    assert list(removable(model, find(model), call)) == ["block"]
+    assert list(removable(model, find(model), call, groups=groups)) == wanted
     assert same(before, state(model))
 
 
@@ -151,11 +154,9 @@ class Ways(nn.Module):
         return self.head(self.branch(x))
 
 
-@pytest.mark.parametrize(
-    "way", ["one matrix", "another shape", "another width", "a custom matrix", "twice", "by keyword", "never"]
-)
+@pytest.mark.parametrize("way", ["one matrix", "another shape", "another width", "a custom matrix", "twice", "never"])
 def test_other_modules_are_not_removable(way):
-    assert names_in(Ways("plain")) == ["branch"]
+    assert names_in(Ways("plain")) == names_in(Ways("by keyword")) == ["branch"]
     assert names_in(Ways(way)) == []
 
 
@@ -183,12 +184,41 @@ class _Pair(nn.Module):
 
     def forward(self, x, other=None):
         y = self.two(self.one(x))
-        return y if self.kind == "inputs" else (y, x)
+        return {"inputs": y, "outputs": (y, x), "and none": (y, None)}[self.kind]
 
 
-@pytest.mark.parametrize("kind", ["inputs", "outputs"])
-def test_a_block_of_several_tensors_is_not_removable(kind):
-    assert names_in(Several(kind)) == []
+def test_a_block_may_take_several_tensors_and_return_none_beside_its_own():
+    assert names_in(Several("inputs")) == ["pair"]
+    assert names_in(Several("outputs")) == []
+    model = Several("and none").double().eval()
+    assert removable(model, find(model), call) == {"pair": True}
+    x = data(2)[0][0]
+    (block,) = block_candidates(model, lambda net, batch: net(batch[0]).square().mean(), data(4), {"pair": True})
+    assert block.kind in ("identity and none", "zero and none")
+    for kind in ("identity and none", "zero and none"):
+        left = copy.deepcopy(model)
+        leave_out_(left, "pair", kind)
+        stem = model.stem(x)
+        assert torch.equal(left(x), stem if kind.startswith("identity") else torch.zeros_like(stem))
+        assert left.pair(other=None, x=stem)[1] is None
+
+
+class Layer(nn.Module):
+    """A post-norm layer: only attention and the whole keep the shape, most of the matrices are in neither branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LayerNorm(4)
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x + self.attention(x))
+        return self.norm(x + self.down(torch.tanh(self.up(x))))
+
+
+def test_an_outer_block_that_holds_mostly_other_matrices_takes_the_place_of_the_inner():
+    model = nn.Sequential(nn.Linear(3, 4), Layer(), Layer(), nn.Linear(4, 2))
+    assert names_in(model, lambda net: net(torch.ones(2, 3))) == ["1", "2"]
 
 
 def test_looking_for_blocks_leaves_no_trace():
@@ -212,9 +242,8 @@ def test_a_block_that_is_left_out_passes_its_input_on_or_gives_zero():
         after_identity = stem + model.branch(stem)
         torch.testing.assert_close(identity(x), model.head(after_identity.mean((2, 3))), rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(zero(x), model.head(inside.mean((2, 3))), rtol=1e-14, atol=1e-14)
-    assert isinstance(identity.block, nn.Identity)
-    assert isinstance(zero.branch, Zero)
-    assert torch.equal(Zero()(x), torch.zeros_like(x))
+    assert repr(identity.block) == "LeftOut(identity)"
+    assert isinstance(zero.branch, LeftOut)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -259,7 +288,7 @@ def oracle(model: nn.Module, name: str, batches, kind: str) -> float:
 @pytest.mark.parametrize("counts", [(7,), (4, 4), (5, 2, 3)])
 def test_the_predicted_loss_is_slope_and_curvature_along_the_change_sample_by_sample(counts):
     model, batches = residual(), data(*counts)
-    found = block_candidates(model, cross_entropy, batches, ["block", "branch"])
+    found = block_candidates(model, cross_entropy, batches, BOTH)
     assert [block.name for block in found] == ["block", "branch"]
     for block in found:
         wanted = {kind: oracle(model, block.name, batches, kind) for kind in ("identity", "zero")}
@@ -276,7 +305,7 @@ def test_a_block_with_its_shortcut_inside_becomes_the_identity_and_a_branch_zero
             block.two.weight.mul_(0.05)
             block.two.bias.mul_(0.05)
         model.head.weight.mul_(4)
-    found = {b.name: b for b in block_candidates(model, cross_entropy, data(16), ["block", "branch"])}
+    found = {b.name: b for b in block_candidates(model, cross_entropy, data(16), BOTH)}
     assert found["block"].kind == "identity"
     assert found["branch"].kind == "zero"
     for block in found.values():
@@ -291,16 +320,16 @@ def test_a_block_with_its_shortcut_inside_becomes_the_identity_and_a_branch_zero
 
 def test_no_more_samples_are_taken_than_asked():
     model, batches = residual(), data(4, 4, 4)
-    first = block_candidates(model, cross_entropy, batches, ["block"], max_samples=5)
-    assert first == block_candidates(model, cross_entropy, batches[:2], ["block"])
-    assert first != block_candidates(model, cross_entropy, batches, ["block"])
+    first = block_candidates(model, cross_entropy, batches, {"block": False}, max_samples=5)
+    assert first == block_candidates(model, cross_entropy, batches[:2], {"block": False})
+    assert first != block_candidates(model, cross_entropy, batches, {"block": False})
 
 
 def test_predicting_leaves_the_model_untouched():
     model = residual().train()
     model.stem.weight.requires_grad_(False)
     before, flags = state(model), [p.requires_grad for p in model.parameters()]
-    block_candidates(model, cross_entropy, data(4), ["block", "branch"])
+    block_candidates(model, cross_entropy, data(4), BOTH)
     assert same(before, state(model))
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -312,7 +341,7 @@ def test_without_names_nothing_is_run():
     def never(model, batch):
         raise AssertionError("the loss was called")
 
-    assert block_candidates(residual(), never, data(4), []) == []
+    assert block_candidates(residual(), never, data(4), {}) == []
 
 
 def test_a_loss_that_calls_the_model_twice_adds_both_slopes():

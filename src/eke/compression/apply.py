@@ -187,6 +187,8 @@ def draft(
 def _member(
     structure: Structure, matrix: Tensor, curvature: Curvature, site: Site, surgery: Surgery, solver: Solver
 ) -> Tensor:
+    if site.kind == "embedding":
+        return structure.project(matrix)
     factors = curvature.factors(site.name)
     if site.groups > 1 or site.kind == "conv_transpose":
         score = factors.diagonal.to(matrix) if tuple(matrix.shape) == site.shape else None

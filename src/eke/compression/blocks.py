@@ -1,9 +1,10 @@
 """Blocks that may be left out: what they are, and the loss that leaving one out is predicted to cost.
 
-A block is an innermost module with at least two matrices that is called once and maps a tensor to a tensor of the same
-shape. Left out, it passes its input on, or gives zero (a branch whose shortcut is added outside): the output changes by
-dy = x - y or dy = -y. With g the gradient of a sample's own loss there, u = sum over locations of <g, dy> is measured
-sample by sample, and
+A block is a module with at least two matrices that is called once and maps a tensor to a tensor of the same shape (or
+to one beside a None, as attentions do that could return their weights). Of modules inside one another the innermost are
+blocks, unless most of what the outer one holds is in none of them. Left out, it passes its input on, or gives zero (a
+branch whose shortcut is added outside): the output changes by dy = x - y or dy = -y. With g the gradient of a sample's
+own loss there, u = sum over locations of <g, dy> is measured sample by sample, and
 
     predicted loss = max(0, E[u]) + 1/2 E[u^2],
 
@@ -15,8 +16,8 @@ its input could then not stand for its output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,36 @@ from torch import Tensor, nn
 from .._types import Batch, Loss
 from ..curvature import Recorder
 from ..sites import ChannelGroup, Site
+from ..sites.proof import cut
 from .candidates import Block, BlockKind
 from .task import evaluating
 
 
-class Zero(nn.Module):
-    """Gives zero in the shape of its input; what a removed branch becomes."""
+class LeftOut(nn.Module):
+    """What stands in for a block: gives its first tensor, or zeros of that shape, and None beside it if asked.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return zeros of the shape of x."""
-        return torch.zeros_like(x)
+    Args:
+        kind: What it gives.
+    """
+
+    def __init__(self, kind: BlockKind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first tensor among the arguments, or zeros like it."""
+        x = _first_tensor(args, kwargs)
+        assert x is not None
+        y = torch.zeros_like(x) if self.kind.startswith("zero") else x
+        return (y, None) if self.kind.endswith("none") else y
+
+    def extra_repr(self) -> str:
+        """Return the kind."""
+        return self.kind
 
 
 def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
-    """Replace a module by the identity or by zero, in place.
+    """Replace a module by what passes its input on or gives zero, in place.
 
     Args:
         model: The model.
@@ -47,18 +64,17 @@ def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
     Raises:
         ValueError: if there is no such module or kind.
     """
-    parent, _, attribute = name.rpartition(".")
-    kinds = {"identity": nn.Identity, "zero": Zero}
-    if kind not in kinds or not name or name not in dict(model.named_modules()):
+    if kind not in get_args(BlockKind) or not name or name not in dict(model.named_modules()):
         raise ValueError(f"Cannot leave out {name!r} as {kind!r}: build the architecture that was compressed.")
-    old = model.get_submodule(name)
-    setattr(model.get_submodule(parent), attribute, kinds[kind]().train(old.training))
+    parent, _, attribute = name.rpartition(".")
+    left = LeftOut(kind).train(model.get_submodule(name).training)
+    model.get_submodule(parent)._modules[attribute] = left
 
 
 def removable(
     model: nn.Module, sites: Sequence[Site], call: Callable[[nn.Module], Any], *, groups: Sequence[ChannelGroup] = ()
-) -> list[str]:
-    """Return the names of the blocks that may be left out, in the order of the model.
+) -> dict[str, bool]:
+    """Return the blocks that may be left out, in the order of the model.
 
     Args:
         model: Any module; not changed.
@@ -67,54 +83,82 @@ def removable(
         groups: Its channels that may be cut.
 
     Returns:
-        Names of modules.
+        By name of a module: whether it returns None beside its tensor.
     """
     holding = {
         name: [s for s in sites if s.module_name.startswith(f"{name}.")] for name, _ in model.named_modules() if name
     }
     several = [name for name, inside in holding.items() if len(inside) >= 2]
-    innermost = [name for name in several if not any(other.startswith(f"{name}.") for other in several)]
-    whole = [n for n in innermost if len(holding[n]) == sum(1 for _ in _matrices(model.get_submodule(n)))]
-    names = [name for name in _keep_shape(model, whole, call) if _runs_without(model, name, call)]
-    for group in groups:
-        if not names:
+    whole = [n for n in several if len(holding[n]) == sum(1 for _ in _matrices(model.get_submodule(n)))]
+    private = copy.deepcopy(model)
+    known = _keep_shape(private, whole, call)
+    known = {name: pair for name, pair in known.items() if _runs_without(private, name, pair, call)}
+    names = _best_level(known, {n: {s.name: s.shape[0] * s.shape[1] for s in holding[n]} for n in known})
+    # Two cuts in which every group loses another number of units: a block between two groups changes its shape.
+    for turn in (1, 3):
+        if not names or not groups:
             break
-        cut = copy.deepcopy(model)
-        group.cut(range(1, group.size)).apply_(cut)
-        names = _keep_shape(cut, names, call)
-    return names
+        kept = [(g, range((1 + turn * i) % (g.size - 1) + 1, g.size)) for i, g in enumerate(groups) if g.size > 1]
+        with cut(private, kept):
+            names = [name for name in _keep_shape(private, names, call) if name in names]
+    return {name: known[name] for name in names}
 
 
-def _keep_shape(model: nn.Module, names: Sequence[str], call: Callable[[nn.Module], Any]) -> list[str]:
+def _best_level(known: Mapping[str, bool], held: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return the innermost blocks, and outer ones in their place where these hold mostly other matrices."""
+    chosen: list[str] = []
+    for name in sorted(known, key=lambda n: -n.count(".")):
+        inside = [other for other in chosen if other.startswith(f"{name}.")]
+        covered = {site for other in inside for site in held[other]}
+        other_entries = sum(size for site, size in held[name].items() if site not in covered)
+        if not inside or 2 * other_entries >= sum(held[name].values()):
+            chosen = [other for other in chosen if other not in inside] + [name]
+    return [name for name in known if name in chosen]
+
+
+def _first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _keep_shape(model: nn.Module, names: Sequence[str], call: Callable[[nn.Module], Any]) -> dict[str, bool]:
     """Return those of the modules that are called once and map one tensor to one of its shape and dtype."""
-    seen: dict[str, list[bool]] = {name: [] for name in names}
+    seen: dict[str, list[bool | None]] = {name: [] for name in names}
 
-    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
-            fits = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-            seen[name].append(fits and inputs[0].shape == output.shape and inputs[0].dtype == output.dtype)
+    def after(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            pair = isinstance(output, tuple) and len(output) == 2 and output[1] is None
+            x, y = _first_tensor(args, kwargs), output[0] if pair else output
+            fits = x is not None and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+            seen[name].append(pair if fits else None)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(after(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(after(name), with_kwargs=True) for name in names]
     try:
         with evaluating(model):
             call(model)
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, fits in seen.items() if fits == [True]]
+    return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
 
 
-def _runs_without(model: nn.Module, name: str, call: Callable[[nn.Module], Any]) -> bool:
-    trial = copy.deepcopy(model)
-    leave_out_(trial, name, "identity")
+def _runs_without(model: nn.Module, name: str, pair: bool, call: Callable[[nn.Module], Any]) -> bool:
+    parent, _, attribute = name.rpartition(".")
+    kept = model.get_submodule(name)
+    leave_out_(model, name, _kinds(pair)[0])
     try:
-        with evaluating(trial):
-            call(trial)
+        with evaluating(model):
+            call(model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
+    finally:
+        model.get_submodule(parent)._modules[attribute] = kept
     return True
+
+
+def _kinds(pair: bool) -> tuple[BlockKind, BlockKind]:
+    return ("identity and none", "zero and none") if pair else ("identity", "zero")
 
 
 def _matrices(module: nn.Module) -> Iterable[Tensor]:
@@ -122,7 +166,7 @@ def _matrices(module: nn.Module) -> Iterable[Tensor]:
 
 
 def block_candidates(
-    model: nn.Module, loss: Loss, batches: Iterable[Batch], names: Sequence[str], *, max_samples: int = 256
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], names: Mapping[str, bool], *, max_samples: int = 256
 ) -> list[Block]:
     """Predict what leaving out each block costs.
 
@@ -139,30 +183,31 @@ def block_candidates(
     if not names:
         return []
     private = copy.deepcopy(model).eval().requires_grad_(False)
-    along: dict[str, dict[BlockKind, list[Tensor]]] = {name: {"identity": [], "zero": []} for name in names}
+    along: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
     seen = 0
-    with Recorder(private, names) as recorder, torch.enable_grad():
+    with Recorder(private, names, outputs=True) as recorder, torch.enable_grad():
         for index, batch in enumerate(batches):
             calls, samples = recorder.run(loss, batch, index)
             for name in names:
-                slopes: dict[BlockKind, list[Tensor]] = {"identity": [], "zero": []}
-                for found in calls[name]:
-                    with torch.no_grad():
-                        output = private.get_submodule(name).forward(found.x)
+                slopes: tuple[list[Tensor], list[Tensor]] = ([], [])
+                for found in calls.get(name, ()):
+                    assert found.output is not None
                     slope = (samples * found.gradient).double()
-                    slopes["identity"].append((slope * (found.x - output)).flatten(1).sum(1))
-                    slopes["zero"].append((slope * -output).flatten(1).sum(1))
+                    slopes[0].append((slope * (found.x - found.output)).flatten(1).sum(1))
+                    slopes[1].append((slope * -found.output).flatten(1).sum(1))
                 # Several calls of a batch are of the same samples.
-                for kind, parts in slopes.items():
-                    along[name][kind].append(torch.stack(parts).sum(0))
+                for parts, total in zip(slopes, along[name]):
+                    total += [torch.stack(parts).sum(0)] if parts else []
             seen += samples
             if seen >= max_samples:
                 break
     blocks = []
     for name, kinds in along.items():
-        costs = {kind: _predicted(torch.cat(parts)) for kind, parts in kinds.items()}
-        best = min(costs, key=lambda kind: sum(costs[kind]))
-        blocks.append(Block(name, best, sum(costs[best]), costs[best][1]))
+        if not kinds[0]:
+            continue  # the loss does not use it
+        costs = [_predicted(torch.cat(parts)) for parts in kinds]
+        best = min(range(2), key=lambda i: sum(costs[i]))
+        blocks.append(Block(name, _kinds(names[name])[best], sum(costs[best]), costs[best][1]))
     return blocks
 
 

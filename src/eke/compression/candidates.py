@@ -94,7 +94,7 @@ class Forms:
         return any(isinstance(structure, LowRank) for structure in self.structures)
 
 
-BlockKind = Literal["identity", "zero"]
+BlockKind = Literal["identity", "zero", "identity and none", "zero and none"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Block:
 
     Args:
         name: Of the module.
-        kind: What it becomes: its input, or zero (a branch whose shortcut is added outside).
+        kind: What it becomes: its input, or zero (a branch whose shortcut is added outside); with None beside it where
+            the module returns two things.
         loss: Predicted loss of that.
         rise: Its first-order part.
     """

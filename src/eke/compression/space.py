@@ -22,6 +22,7 @@ from .blocks import block_candidates, removable
 from .calibrate import Calibration, Meter, calibrate, plan_loss
 from .candidates import Decisions, Solver
 from .checkpoint import Run
+from .embeddings import embedding_candidates, embedding_sites
 from .factor import factorable
 from .job import Job
 from .plan import Term
@@ -89,7 +90,10 @@ def explore(job: Job, run: Run) -> Space:
     Raises:
         ValueError: if nothing can be changed.
     """
-    sites = tuple(site for site in find(job.model, skip=job.skip) if site.visible)
+    everything = find(job.model, skip=job.skip)
+    tables_of_rows = embedding_sites(job.model, everything)
+    visible = [site for site in everything if site.visible]
+    sites = (*tables_of_rows, *visible)
     if not sites:
         raise ValueError(_nothing(job, sites))
     path = run.path("statistics.safetensors")
@@ -101,7 +105,8 @@ def explore(job: Job, run: Run) -> Space:
             job.model,
             job.loss,
             job.batches,
-            sites=sites,
+            sites=visible,
+            outputs={site.module_name: -1 for site in tables_of_rows},
             max_samples=STATISTICS,
             max_locations=49,
             corrected_samples=128,
@@ -136,6 +141,14 @@ def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], c
         job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call)
     )
     _warn_unused(job, forms, known)
+    forms += embedding_candidates(
+        job.model,
+        embedding_sites(job.model, sites),
+        curvature,
+        job.structures,
+        batches=job.batches,
+        forward=job.forward,
+    )
     job.progress("candidates", 0.8, "blocks that may be left out")
     blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call, groups=groups))
     return Decisions(tuple(widths), tuple(forms), tuple(blocks))

@@ -229,7 +229,7 @@ def _milliseconds(found: Mapping[str, float], names: Sequence[str]) -> float | N
 def _block_line(block: Block, option: int, alone: _Alone) -> PlanLine:
     if not option:
         return PlanLine(block.choice, "stays", predicted_loss=0.0, maturity="exact")
-    change = "left out: passes its input on" if block.kind == "identity" else "left out: gives zero"
+    change = "left out: passes its input on" if block.kind.startswith("identity") else "left out: gives zero"
     measured = alone(block.choice, option)
     return PlanLine(block.choice, change, predicted_loss=block.loss, measured_loss=measured, maturity="exact")
 

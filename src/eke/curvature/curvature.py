@@ -140,6 +140,11 @@ class Curvature:
         """Names of the sites."""
         return tuple(self._factors)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the modules whose outputs `output_quadratic` knows besides the sites."""
+        return tuple(self._outputs)
+
     def factors(self, name: str) -> Factors:
         """Return the factors of a site.
 

@@ -20,10 +20,11 @@ from .._types import Batch, Loss
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its first tensor input and the gradient of the mean loss at its output."""
+    """One call of a module: its first tensor input, the gradient of the mean loss at its output, the output if kept."""
 
     x: Tensor
     gradient: Tensor
+    output: Tensor | None = None
 
 
 class Recorder:
@@ -31,10 +32,12 @@ class Recorder:
 
     Args:
         model: A copy that may carry hooks.
-        names: Modules to record.
+        names: Modules to record; of those that return several things the first is.
+        outputs: Whether to keep outputs as well.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], *, outputs: bool = False) -> None:
+        self._outputs = outputs
         self._model = model
         self._names = tuple(dict.fromkeys(names))
         self._calls: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
@@ -89,7 +92,8 @@ class Recorder:
         gradients = torch.autograd.grad(value, [output for _, _, output in places], allow_unused=True)
         found: dict[str, list[Call]] = {}
         for (name, x, output), gradient in zip(places, gradients):
-            found.setdefault(name, []).append(Call(x, torch.zeros_like(output) if gradient is None else gradient))
+            here = torch.zeros_like(output) if gradient is None else gradient
+            found.setdefault(name, []).append(Call(x, here, output.detach() if self._outputs else None))
         samples = self._samples if self._samples is not None else next(iter(places))[1].shape[0]
         self._calls = {}
         return found, samples
@@ -109,8 +113,10 @@ class Recorder:
         if tensors and self._samples is None:
             self._samples = tensors[0].shape[0]
 
-    def _hook(self, name: str) -> Callable[..., Tensor]:
-        def record(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor:
+    def _hook(self, name: str) -> Callable[..., Any]:
+        def record(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], given: Any) -> Any:
+            several = isinstance(given, tuple) and len(given) > 0
+            output = given[0] if several else given
             if not isinstance(output, Tensor):
                 raise TypeError(f"Module {name!r} returns {_describe(output)}; curvature is taken at single tensors.")
             inputs = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
@@ -120,7 +126,7 @@ class Recorder:
             if not output.requires_grad:
                 output.requires_grad_()
             self._calls.setdefault(name, []).append((x, x._version, output))
-            return output.clone()
+            return (output.clone(), *given[1:]) if several else output.clone()
 
         return record
 
