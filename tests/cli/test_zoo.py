@@ -1,0 +1,164 @@
+"""The zoo: a few models in tests, all of them in the committed result; and how a row is made when things go wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "zoo_inspect.json"
+MEMORY = 8 * 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def zoo(path):
+    return importlib.import_module("zoo")
+
+
+@pytest.fixture(scope="module")
+def models(path):
+    return importlib.import_module("zoo_models")
+
+
+def check_inspect(zoo, name):
+    pytest.importorskip(name.partition(":")[0])
+    row = zoo.isolated(zoo.inspect_row, name, seconds=500, memory=MEMORY)
+    assert row["ok"], row["where"]
+    counters = row["counters"]
+    assert row["sites"] > 5
+    assert row["groups"] > 0
+    assert row["flops"] == counters["eke"] > 0
+    for rival, causes in counters["causes"].items():
+        assert counters["eke"] - sum(causes.values()) == counters[rival], rival
+        assert not [cause for cause in causes if cause.startswith("unexplained")]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_inspect_runs_and_explains_every_other_count(zoo, models, number):
+    check_inspect(zoo, models.SMOKE[number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4, 12))
+def test_inspect_runs_on_a_dozen_families(zoo, models, number):
+    check_inspect(zoo, models.NIGHTLY[number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["net:gru", "net:rnet", "net:quantized"])
+def test_compress_ends_in_a_proof_or_a_reason(zoo, path, name):
+    compress = importlib.import_module("zoo_compress")
+    row = zoo.isolated(compress.row, name, seconds=500, memory=MEMORY)
+    assert row["ok"], row["where"]
+    assert row["wrong"] == []
+    assert row["answer"] == ("refused" if name == "net:quantized" else "verified")
+
+
+@pytest.mark.parametrize("name", ["unet", "gated", "tied", "shared", "rnet", "dictionaries"])
+def test_cuts_of_real_weights_equal_their_masks(path, name):
+    compress, nets = importlib.import_module("zoo_compress"), importlib.import_module("zoo_nets")
+    net = nets.NETS[name]
+    torch.manual_seed(0)
+    found = compress.groups_row(net.build().eval(), net.inputs(4, torch.Generator().manual_seed(0)))
+    assert found["wrong"] == []
+    assert found["worst"] <= compress.TOLERANCE
+
+
+class Fails(nn.Module):
+    """A net that fails two modules down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.ReLU(), nn.Linear(3, 2))
+
+    def forward(self, x):
+        return self.outer(x)
+
+
+def fails(name, stages, model_of):
+    stages.begin("forward")
+    model_of["model"] = Fails()
+    model_of["model"](torch.zeros(1, 4))
+
+
+def hangs(name, stages, model_of):
+    time.sleep(60)
+
+
+def grows(name, stages, model_of):
+    return {"number": bytearray(2**33)[0]}
+
+
+def dies(name, stages, model_of):
+    os._exit(3)
+
+
+def works(name, stages, model_of):
+    return {"number": len(name)}
+
+
+def test_an_error_names_the_stage_and_the_module(zoo):
+    row = zoo.isolated(fails, "x", seconds=60, memory=MEMORY)
+    assert (row["ok"], row["stage"], row["module"]) == (False, "forward", "outer.1")
+    assert "mat1 and mat2 shapes cannot be multiplied" in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [(hangs, "stopped after 1 s"), (grows, "MemoryError"), (dies, r"the process died \(exit code 3\)")],
+)
+def test_a_model_that_takes_too_much_is_a_row(zoo, job, message):
+    row = zoo.isolated(job, "x", seconds=1 if job is hangs else 60, memory=2**32)
+    assert not row["ok"]
+    assert re.search(message, row["error"])
+
+
+def test_a_run_goes_on_where_it_stopped(zoo, tmp_path, capsys):
+    work = tmp_path / "deep" / "rows.jsonl"
+    limits = {"seconds": 60, "memory": MEMORY}
+    zoo.run(fails, ["a"], work, again=False, **limits)
+    rows = zoo.run(works, ["a", "bb"], work, again=False, **limits)
+    assert [row["ok"] for row in rows] == [False, True]
+    rows = zoo.run(works, ["a", "bb"], work, again=True, **limits)
+    assert [row["number"] for row in rows] == [1, 2]
+    assert len(work.read_text().splitlines()) == 3
+    assert "1/2 a:" in capsys.readouterr().out
+
+
+def test_reasons_are_counted_without_names(zoo):
+    row = {
+        "name": "m", "ok": True, "where": "x", "skipped": {"a.b": "kept", "a.c": "kept"},
+        "whole": [["l", "a.b.c: LayerNorm averages the channels"], ["m", "a.d: LayerNorm averages the channels"]],
+    }  # fmt: skip
+    assert zoo.compact(row) == {
+        "name": "m", "ok": True, "skipped": {"kept": 2}, "whole": {"LayerNorm averages the channels": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="the whole zoo was not run yet")
+def test_the_committed_result_holds_what_is_claimed(models):
+    rows = json.loads(RESULT.read_text())["rows"]
+    names = {row["name"] for row in rows}
+    assert names >= {f"timm:{name}" for name in models.TIMM.split()}
+    assert sum(name.startswith("torchvision:") for name in names) >= 80
+    assert sum(row["ok"] for row in rows) >= 0.99 * len(rows)
+    for row in rows:
+        if row["ok"]:
+            for rival, causes in row["counters"]["causes"].items():
+                assert row["flops"] - sum(causes.values()) == row["counters"][rival], (row["name"], rival)
+                assert not [cause for cause in causes if cause.startswith("unexplained")], row["name"]
