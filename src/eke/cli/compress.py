@@ -235,15 +235,18 @@ def _run(wanted: Recipe, folder: pathlib.Path, *, resume: bool, base: pathlib.Pa
     """Return the report after compressing, saving and verifying."""  # noqa: DOC501
     from ..compression import Budget, Recovery
     from ..compression import compress as compressed
+    from ..compression.arguments import check_budget
     from ..cost import pinned_threads
 
+    wanted.check_source("compress")
     if not wanted.budget:
         raise UsageError(
             f"Nothing was limited, got the budget {wanted.budget}: give a limit, such as --max-drop 1% --latency 0.5x."
         )
     wanted = _complete(wanted)
     try:
-        budget, recovery = Budget(**wanted.budget), Recovery(**wanted.recovery)  # type: ignore[arg-type]
+        budget = check_budget(Budget(**wanted.budget))
+        recovery = Recovery(**wanted.recovery)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}".replace("Budget.", "budget.")) from error
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)

@@ -75,6 +75,26 @@ class Recipe:
                     "give one of them."
                 )
 
+    def check_source(self, verb: str) -> None:
+        """Refuse a recipe that names no model or no data.
+
+        Args:
+            verb: Of the command, for the message.
+
+        Raises:
+            UsageError: if so.
+        """
+        if self.task is None and self.model is None:
+            raise UsageError(
+                f"No model was given, got {self.model}: eke {verb} FILE.py:FUNCTION --data FILE.py:FUNCTION, or eke {verb} "
+                "--task demo."
+            )
+        if self.task is None and self.data is None:
+            raise UsageError(
+                f"No data were given for {self.model}, got {self.data}: add --data FILE.py:FUNCTION, such as "
+                "my_data.py:loaders."
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values; a model and data, or a task."""
         source = {"task": self.task} if self.task else {"model": self.model, "data": self.data}

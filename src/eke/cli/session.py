@@ -48,16 +48,23 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     if frames := _from_user_file(error.__traceback__):
-        shown = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-        return f"error in {frames.tb_frame.f_globals[MARK]}:\n{shown}"
+        return f"error in {frames.tb_frame.f_globals[MARK]}:\n{_shown(error, frames)}"
+    # What a loss, a score or a loader of the user's raised is the cause of what eke says about it.
+    cause = error.__cause__
+    if cause is not None and isinstance(error, _EXPECTED) and (frames := _from_user_file(cause.__traceback__)):
+        return f"error: {_sentence(error)}\nin {frames.tb_frame.f_globals[MARK]}:\n{_shown(cause, frames)}"
     if isinstance(error, SyntaxError):
         return "error: " + "".join(traceback.format_exception_only(error)).strip()
     return f"error: {_sentence(error)}" if isinstance(error, _EXPECTED) else None
 
 
+def _shown(error: BaseException, frames: TracebackType) -> str:
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -372,7 +372,8 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
         ValueError: if it is of another format or the weights do not have the digest it names.
     """
     if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file: give the artifact's folder, such as {folder.parent}.")
+        place = f", {folder.parent}" if (folder.parent / PLAN).is_file() else ""
+        raise FileNotFoundError(f"{folder} is a file: give the artifact's folder{place}.")
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
             unfinished = (

@@ -152,7 +152,7 @@ def _check_values(leaf: Tensor, index: int) -> None:
     """Refuse tensors without values or with values that are not finite, unless it is a mask of 0 and -inf."""  # noqa: DOC501
     if leaf.is_meta:
         raise ValueError(
-            f"Calibration batch {index} is on the meta device, {describe(leaf)}: it has no values to read."
+            f"Calibration batch {index} has no values, {describe(leaf)}: give tensors on the model's device."
         )
     if leaf.is_inference():
         raise ValueError(

@@ -136,17 +136,16 @@ def check_sites(model: nn.Module, skip: Iterable[str]) -> list[str]:
     Raises:
         ValueError: if no matrix is left; says why each was left out.
     """
-    sites = find(model, skip=skip)
     mendable = [
         f"{name}: {reason}" for name, reason in skipped(model).items() if any(word in reason for word in _MENDABLE)
     ]
-    if not any(site.hookable for site in sites):
-        kinds = sorted({site.kind for site in sites})
-        why = [*mendable, *([f"{', '.join(kinds)} alone cannot be compressed"] if kinds else [])]
+    if not find(model, skip=skip):
+        why = mendable or ["It needs linear layers or convolutions"]
+        if isinstance(model, torch.fx.GraphModule):
+            why = ["Its graph has operations and no layers: pass the nn.Module that was exported"]
         raise ValueError(
-            f"There is nothing to compress: 0 channel groups and 0 matrices of {type(model).__name__} with "
-            f"{len(sites)} sites can be changed (skip={list(skip)}). "
-            f"{'; '.join(why[:6]) or 'It needs linear layers or convolutions'}. `eke inspect` says why for each module."
+            f"There is nothing to compress: 0 channel groups and 0 matrices of {type(model).__name__} with 0 sites can "
+            f"be changed (skip={list(skip)}). {'; '.join(why[:6])}. `eke inspect` says why for each module."
         )
     return mendable
 

@@ -91,7 +91,7 @@ def prepare(
         resume=resume,
     )  # fmt: skip
     check_state(bare)
-    bare, probe, skip = without_history(bare), _probe(bare), tuple(skip)
+    bare, probe, skip = without_history(bare), private_copy(bare), tuple(skip)
     remarks += _warned([f"Left as it is: {words}." for words in check_sites(bare, skip)])
     task = _as_task(batches, loss=loss, forward=forward)
     _check_functions(task, evaluate=evaluate, report=report, progress=progress)
@@ -141,18 +141,6 @@ def _warned(words: list[str]) -> list[str]:
     for text in words:
         warnings.warn(text, stacklevel=4)
     return words
-
-
-def _probe(model: nn.Module) -> nn.Module:
-    """Return a private copy for trying things out."""  # noqa: DOC501
-    probe = private_copy(model)
-    try:
-        return probe.eval()
-    except NotImplementedError as error:
-        raise TypeError(
-            f"{type(model).__name__} cannot be put into evaluation mode ({error}): pass the nn.Module that the graph "
-            "was exported from."
-        ) from error
 
 
 def _check_on(probe: nn.Module, batch: Batch, task: Task, index: int) -> None:
