@@ -41,7 +41,6 @@ NAMES = tuple(name for name in WITNESSES if name != "demo")
 GOAL = {"bytes": 0.5, "speedup": 1.5, "metric": 0.99}
 LIMITS: Mapping[str, str] = {"latency": "0.66x", "size": "0.5x"}
 RELAXED: tuple[Mapping[str, str], ...] = ({"latency": "0.8x", "size": "0.5x"}, {"size": "0.5x"})
-METRIC = {"minilm": "R@1", "g2p": "words right", "crepe": "pitch within 50 cents"}
 RECORDED = {"minilm": 89, "g2p": 2737, "crepe": 2790, "mtcnn-pnet": 80, "mtcnn-rnet": 80, "mtcnn-onet": 80}
 """Right answers of the originals on their report splits, one thread, Python 3.11."""
 
@@ -142,10 +141,12 @@ def measured(name: str, result: eke.Result, task: eke.Task, arguments: argparse.
             use(original), use(result.model), seconds=arguments.seconds, threads=arguments.threads
         )
         found["speedup_in_use"] = {"ratio": pair.ratio, "interval": pair.interval}
-    slowest = min(s["interval"][0] for s in speedups)
-    found["met"] = (
-        found["bytes_kept"] <= GOAL["bytes"] and slowest >= GOAL["speedup"] and found["metric_kept"] >= GOAL["metric"]
-    )
+    good = found["bytes_kept"] <= GOAL["bytes"] and found["metric_kept"] >= GOAL["metric"]
+    # The lower end of an interval counts: against the original as published, and against what folding and the memory
+    # format alone make of it, which anybody can have.
+    slowest = [s["interval"][0] for s in speedups]
+    found["met"] = good and slowest[0] >= GOAL["speedup"]
+    found["met_against_folded"] = good and min(slowest) >= GOAL["speedup"]
     return found
 
 
@@ -160,7 +161,7 @@ def row(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": name,
         "task": task.name,
-        "metric": METRIC.get(name, "patches told apart"),
+        "metric": score.name,
         "parameters": cost.parameters(model),
         "wheels": list(witness.projects),
     }

@@ -35,16 +35,16 @@ KNOWN = {"cat": ("K", "AE1", "T"), "do": ("D", "UW1"), "areas": ("EH1", "R", "IY
 
 def test_counts_have_an_outcome_a_sample_and_know_their_order():
     first, second = torch.tensor([True, False]), torch.tensor([True])
-    counts = counted([first, second], [torch.tensor([1, 2]), torch.tensor([3])])
-    assert (counts.correct, counts.total) == (2, 3)
+    counts = counted([first, second], [torch.tensor([1, 2]), torch.tensor([3])], name="hits")
+    assert (counts.correct, counts.total, counts.name) == (2, 3, "hits")
     assert counts.outcomes.tolist() == [True, False, True]
-    swapped = counted([second, first], [torch.tensor([3]), torch.tensor([1, 2])])
+    swapped = counted([second, first], [torch.tensor([3]), torch.tensor([1, 2])], name="hits")
     assert counts.order != swapped.order
 
 
 def test_no_batch_is_refused():
     with pytest.raises(ValueError, match="The evaluation got 0 batches"):
-        counted([], [])
+        counted([], [], name="hits")
 
 
 def test_shuffling_is_the_same_for_any_order_of_arrival():

@@ -150,7 +150,7 @@ def pitch_accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
     for sounds, cents in batches:
         right.append((pitch_of(model(sounds)) - cents).abs() < _TOLERANCE)
         truths.append(cents)
-    return counted(right, truths)
+    return counted(right, truths, name="pitch within 50 cents")
 
 
 def task() -> Task:

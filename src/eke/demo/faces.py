@@ -196,7 +196,7 @@ def face_accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
     for images, (classes, _) in batches:
         right.append(model(images)["face"].flatten(1).argmax(1) == classes)
         seen.append(images)
-    return counted(right, seen)
+    return counted(right, seen, name="patches told apart")
 
 
 def task(name: Name) -> Task:

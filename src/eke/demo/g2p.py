@@ -192,7 +192,7 @@ def word_accuracy(model: nn.Module, batches: Iterable[Batch]) -> Counts:
         said = model.pronounce(letters, steps=phonemes.shape[1])  # type: ignore[operator]
         right.append((said == phonemes).all(1))
         words.append(letters)
-    return counted(right, words)
+    return counted(right, words, name="words right")
 
 
 def task() -> Task:

@@ -191,7 +191,7 @@ def first_hits(model: nn.Module, batches: Iterable[Batch]) -> Counts:
         Counts of queries.
     """
     places, numbers = ranks(model, batches)
-    return counted([places == 1], [numbers])
+    return counted([places == 1], [numbers], name="R@1")
 
 
 def mean_reciprocal_rank(model: nn.Module, batches: Iterable[Batch]) -> float:

@@ -11,12 +11,13 @@ from torch import Tensor
 from .._types import Counts
 
 
-def counted(right: Sequence[Tensor], samples: Sequence[Tensor]) -> Counts:
+def counted(right: Sequence[Tensor], samples: Sequence[Tensor], *, name: str) -> Counts:
     """Return counts with the outcome of every sample.
 
     Args:
         right: Whether each sample is right, bool (n,) a batch.
         samples: What identifies the samples, a tensor a batch.
+        name: What the share is called in reports.
 
     Returns:
         Counts that can be compared sample by sample.
@@ -32,7 +33,7 @@ def counted(right: Sequence[Tensor], samples: Sequence[Tensor]) -> Counts:
     for sample in samples:
         order.update(sample.detach().cpu().contiguous().numpy().tobytes())
     outcomes = torch.cat([outcome.flatten() for outcome in right])
-    return Counts(int(outcomes.sum()), outcomes.numel(), outcomes, order.hexdigest())
+    return Counts(int(outcomes.sum()), outcomes.numel(), outcomes, order.hexdigest(), name)
 
 
 def shuffled(texts: Iterable[str]) -> list[str]:
