@@ -7,6 +7,7 @@ import sys
 import pytest
 from torch import nn
 
+from eke import demo
 from eke.cli import load
 from eke.cli.recipe import Recipe
 from eke.cli.session import MARK, UsageError
@@ -115,3 +116,10 @@ def test_an_exported_program_is_for_looking_only(tmp_path):
         load.load_model(Recipe(model=f"{tmp_path}/net.pt2"))
     with pytest.raises(FileNotFoundError, match=r"There is no file 'other\.pt2'"):
         load.load_model(Recipe(model="other.pt2"))
+
+
+def test_a_task_brings_the_network_and_data_of_its_witness(monkeypatch):
+    network, data = nn.Linear(1, 1), Task([], [], [])
+    monkeypatch.setitem(demo.WITNESSES, "crepe", demo.Witness(lambda: network, lambda: data))
+    assert load.load_model(Recipe(task="crepe")) is network
+    assert load.load_task(Recipe(task="crepe")) is data

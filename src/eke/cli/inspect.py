@@ -84,7 +84,7 @@ def inspect(
                 net,
                 known,
                 inputs=given or (),
-                title=recipe.model or "demo",
+                title=str(recipe.model or recipe.task),
                 seconds=seconds,
             )
             if calibrate:
