@@ -8,7 +8,7 @@ of indices per unit and member; a unit is the smallest set of channels that can 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -193,11 +193,22 @@ def axes_of(module: nn.Module, side: Side) -> Axes:
         raise NotCuttableError(f"{type(module).__name__} averages over the channels")
     else:
         raise NotCuttableError(f"{type(module).__name__} is kept whole")
-    present = tuple((a, d) for a, d in axes.tensors if module._parameters.get(a, module._buffers.get(a)) is not None)
-    if axes.matrix and "weight" not in module._parameters:
+    if axes.matrix and not any(name.startswith("weight") for name in module._parameters):
         raise NotCuttableError(f"the weight of this {type(module).__name__} is parametrized")
+    if axes.side == "out" and axes.matrix:
+        axes = replace(axes, tensors=(*axes.tensors, *_own_entries(module, axes)))
+    present = tuple((a, d) for a, d in axes.tensors if module._parameters.get(a, module._buffers.get(a)) is not None)
     counted = tuple(c for c in axes.counts if (c[1], c[2]) in present and hasattr(module, c[0]))
     return Axes(axes.side, present, counted, axes.matrix, axes.kernel, axes.block)
+
+
+def _own_entries(module: nn.Module, axes: Axes) -> list[tuple[str, int]]:
+    """Return the parameters that a class of the user's adds with one entry an output channel (a gain, a scale)."""
+    known = {attribute for attribute, _ in axes.tensors} | {"weight"}
+    ((_, weight, dim, _),) = axes.counts[:1]
+    size = module.get_parameter(weight).shape[dim]
+    added = {**module._parameters, **module._buffers}
+    return [(a, 0) for a, t in added.items() if a not in known and t is not None and t.dim() and t.shape[0] == size]
 
 
 def _conv_axes(module: nn.modules.conv._ConvNd, side: Side) -> Axes:

@@ -46,6 +46,7 @@ _UPDATES = {
     "_SliceOp": "update_slice_index_mapping",
 }
 _MAX_STEPS_PER_CHANNEL = 2000
+_OPEN = "its channel dependencies do not close"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def candidates(
         reached = graph.follow(module, channels)
         for (member, side), pairs in reached.pairs.items():
             if side != "in":
-                covered[member].update(index for index, _ in pairs)
+                # Where one walk does not end, one from any layer that it met would not either.
+                all_of_it = _OPEN in reached.reasons.values() and pairs
+                covered[member].update(range(1 << 16) if all_of_it else (index for index, _ in pairs))
         found.append(_convert(model, name, reached, tied, ignored))
     return found
 
@@ -186,7 +189,7 @@ class _Graph:
             known.update(fresh)
             steps += len(fresh)
             if steps > _MAX_STEPS_PER_CHANNEL * max(64, len(channels)):
-                reasons[self.names[id(root)]] = "its channel dependencies do not close"
+                reasons[self.names[id(root)]] = _OPEN
                 break
             output |= self._visit(node, function, fresh, reached, reasons)
             todo += self._whole_groups(node, function, fresh)

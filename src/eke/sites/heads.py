@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Axes, ChannelGroup, Member, NotCuttableError, axes_of, is_conv1d
-from .taint import MixedError, follow, reading_members, split_by_source
+from .taint import BOTH, MIXING, MixedError, follow, reading_members, split_by_source
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads", "nh")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size", "d_kv", "d_head")
@@ -240,25 +240,35 @@ def _counts_channels(key: str) -> bool:
 
 
 def _own_members(module: nn.Module, attention: _Attention) -> list[Member]:
-    """Return the module's own parameters, and its tables, with one entry a head or one a channel of a head."""
+    """Return parameters inside the attention with one entry a head, or one a channel of a head (biases, scales)."""
     found = []
-    tables = {
-        f"{child}.weight": (m.weight, True) for child, m in module.named_children() if isinstance(m, nn.Embedding)
-    }
-    own = {key: (t, False) for key, t in {**module._parameters, **module._buffers}.items() if t is not None}
     each = attention.queries // attention.units
-    for key, (tensor, is_table) in {**tables, **own}.items():
-        dims = [d for d, size in enumerate(tensor.shape) if size == attention.queries]
-        wide = [d for d, size in enumerate(tensor.shape) if size == attention.queries * attention.size]
-        for places, width in ((dims, each), (wide, each * attention.size)):
-            if len(places) == 1 and not (is_table and places[0] == 0):
-                rows = torch.arange(attention.units * width).view(attention.units, width)
-                counts = (("embedding_dim", "weight", 1, 1),) if is_table else ()
-                where, name = (key.rpartition(".")[0], key.rpartition(".")[2]) if is_table else ("", key)
-                owner = module.get_submodule(where) if where else module
-                full = ".".join(part for part in (attention.name, where) if part)
-                found.append(Member.of(owner, full, rows, Axes("both", ((name, places[0]),), counts)))
-                break
+    for name, inner in module.named_modules():
+        full = ".".join(part for part in (attention.name, name) if part)
+        if isinstance(inner, (*BOTH, *MIXING, nn.modules.conv._ConvNd)) or full in attention.layers:
+            continue
+        if _is_matrix(inner):
+            if "." in name and _width(inner) == attention.queries:  # a small network that makes a bias for each head
+                rows = torch.arange(attention.queries).view(attention.units, each)
+                found.append(Member.of(inner, full, rows, axes_of(inner, "out")))
+            continue
+        heads = [
+            key for key, value in _integers(inner).items() if name and "head" in key and value == attention.queries
+        ]
+        for key, tensor in {**inner._parameters, **inner._buffers}.items():
+            if tensor is None:
+                continue
+            table = isinstance(inner, nn.Embedding)
+            dims = [d for d, size in enumerate(tensor.shape) if size == attention.queries and not (table and d == 0)]
+            wide = [d for d, size in enumerate(tensor.shape) if size == attention.queries * attention.size]
+            for places, width in ((dims, each), (wide, each * attention.size)):
+                if places and (len(places) == 1 or places[0] + 1 < tensor.dim()):
+                    dim = places[-1] if table else places[0]
+                    rows = torch.arange(attention.units * width).view(attention.units, width)
+                    counted = [("embedding_dim", key, dim, 1)] if table else []
+                    counted += [(name_, key, dim, width // each) for name_ in heads]
+                    found.append(Member.of(inner, full, rows, Axes("both", ((key, dim),), tuple(counted))))
+                    break
     return found
 
 

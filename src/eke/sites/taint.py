@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .channels import Member, axes_of, is_conv1d, is_depthwise
 
-_BOTH = (nn.modules.batchnorm._NormBase, nn.PReLU)
+BOTH = (nn.modules.batchnorm._NormBase, nn.PReLU)
 MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention)
 
 
@@ -219,16 +219,16 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
     """Return the dimension of a layer's input or output that holds its channels."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return -1 - len(module.kernel_size)
-    if isinstance(module, (*_BOTH, nn.GroupNorm)):
+    if isinstance(module, (*BOTH, nn.GroupNorm)):
         return 1 if x.dim() > 1 else 0
     return -1
 
 
 def passes(module: nn.Module) -> bool:
     """Return whether a layer handles channels one by one, with parameters for each."""
-    return isinstance(module, _BOTH) or is_depthwise(module)
+    return isinstance(module, BOTH) or is_depthwise(module)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    known = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, *_BOTH, *MIXING)
+    known = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, *BOTH, *MIXING)
     return isinstance(module, known) or is_conv1d(module)
