@@ -18,10 +18,13 @@ import contextlib
 import faulthandler
 import fnmatch
 import json
+import math
 import multiprocessing
+import operator
 import os
 import re
 import resource
+import signal
 import tempfile
 import time
 import traceback
@@ -40,26 +43,27 @@ from eke import __version__
 from eke.cost import environment
 
 WORK = Path("build")
-RESULTS = Path("benchmarks/results")
+PATIENCE = 20
+"""Seconds by the clock that one second of the processor may take on a busy machine."""
 
 
 class Stages:
-    """Where a row is being made: seconds of each stage, and the last one when it ends badly."""
+    """Where a row is being made: seconds of the processor for each stage, and the last one when it ends badly."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.current = "start"
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def begin(self, name: str) -> None:
         """End the stage before and start another."""
         self.end()
-        self.current, self.began = name, time.perf_counter()
+        self.current, self.began = name, time.process_time()
 
     def end(self) -> None:
         """Note the seconds of the current stage."""
         if self.current != "start":
-            self.seconds[self.current] = round(time.perf_counter() - self.began, 2)
+            self.seconds[self.current] = round(time.process_time() - self.began, 2)
 
 
 def inspect_row(name: str, stages: Stages, model_of: dict[str, nn.Module]) -> dict[str, Any]:
@@ -136,13 +140,18 @@ def module_of(model: nn.Module | None, error: BaseException) -> str:
     return found
 
 
-def _child(job: Callable[..., dict[str, Any]], name: str, memory: int, trace: str, pipe: Connection) -> None:
+def _child(
+    job: Callable[..., dict[str, Any]], name: str, *, seconds: float, memory: int, trace: str, pipe: Connection
+) -> None:
     """Make one row in a process of its own and send it."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     torch.set_num_threads(1)
-    faulthandler.register(10, file=open(trace, "w"), all_threads=False)  # noqa: SIM115  on SIGUSR1
+    said = open(trace, "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGXCPU, file=said, all_threads=False, chain=True)
+    faulthandler.register(signal.SIGUSR1, file=said, all_threads=False)
     stages, model_of = Stages(), dict[str, nn.Module]()
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -154,7 +163,7 @@ def _child(job: Callable[..., dict[str, Any]], name: str, memory: int, trace: st
             "name": name, "ok": False, "stage": stages.current, "module": module_of(model_of.get("model"), error),
             "error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", "where": "".join(lines)[-1500:],
         }  # fmt: skip
-    row["seconds"] = {"all": round(time.perf_counter() - began, 2), **stages.seconds}
+    row["seconds"] = {"all": round(time.process_time() - began, 2), **stages.seconds}
     row["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send(row)
     pipe.close()
@@ -167,7 +176,7 @@ def isolated(job: Callable[..., dict[str, Any]], name: str, *, seconds: float, m
     Args:
         job: Makes the row.
         name: Of the model.
-        seconds: Then the child is stopped.
+        seconds: Of the processor; then the child is stopped, and after `PATIENCE` times as long by the clock.
         memory: Bytes that it may take.
 
     Returns:
@@ -176,20 +185,23 @@ def isolated(job: Callable[..., dict[str, Any]], name: str, *, seconds: float, m
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile("r", suffix=".txt") as trace:
-        child = context.Process(target=_child, args=(job, name, memory, trace.name, sender))
+        limits = {"seconds": seconds, "memory": memory, "trace": trace.name, "pipe": sender}
+        child = context.Process(target=_child, args=(job, name), kwargs=limits)
         child.start()
         sender.close()
         row = {"name": name, "ok": False, "stage": "", "module": "", "seconds": {"all": seconds}}
         try:
-            if receiver.poll(seconds):
+            if receiver.poll(PATIENCE * seconds):
                 return dict(receiver.recv())
             assert child.pid is not None
-            os.kill(child.pid, 10)
+            os.kill(child.pid, signal.SIGUSR1)
             time.sleep(1)
-            row |= {"error": f"stopped after {seconds:.0f} s", "where": trace.read()[-3000:]}
+            row |= {"error": f"stopped after {PATIENCE * seconds:.0f} s", "where": trace.read()[-3000:]}
         except EOFError:
             child.join()
-            row |= {"error": f"the process died (exit code {child.exitcode})"}
+            slow = child.exitcode == -signal.SIGXCPU
+            said = f"stopped after {seconds:.0f} s of the processor" if slow else f"died (exit code {child.exitcode})"
+            row |= {"error": f"the process {said}", "where": trace.read()[-3000:]}
         finally:
             child.kill()
             child.join()
@@ -230,6 +242,7 @@ def run(
 def compact(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with reasons counted instead of listed: module names and numbers in them become "..."."""
     kept = {key: value for key, value in row.items() if key not in ("where", "skipped", "whole")}
+    kept["family"] = zoo_models.family(row["name"])
     if "skipped" in row:
         kept["skipped"] = dict(Counter(row["skipped"].values()).most_common())
     if "whole" in row:
@@ -254,9 +267,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="JSON lines of finished rows; default build/zoo_PART.jsonl")
     parser.add_argument("--write", type=Path, help="the result, such as benchmarks/results/zoo_inspect.json")
     parser.add_argument("--again", action="store_true", help="make rows that failed once more")
-    parser.add_argument("--seconds", type=float, default=900, help="limit of one model")
+    parser.add_argument("--seconds", type=float, default=900, help="of the processor, limit of one model")
     parser.add_argument("--gigabytes", type=float, default=12, help="limit of one model")
     chosen = parser.parse_args()
+    good: Callable[[dict[str, Any]], bool] = operator.itemgetter("ok")
     torch.set_num_threads(1)
     import timm  # noqa: F401  Children start with what the parent has imported.
     import torch_pruning  # noqa: F401
@@ -266,14 +280,15 @@ def main() -> None:
         import zoo_compress
 
         job, every, smoke, nightly = zoo_compress.row, zoo_compress.names(), zoo_compress.SMOKE, zoo_compress.NIGHTLY
+        good = zoo_compress.good
     else:
         job, every, smoke, nightly = inspect_row, zoo_models.names(), zoo_models.SMOKE, zoo_models.NIGHTLY
     names = list(smoke if chosen.smoke else nightly if chosen.nightly else every)
     names = [name for name in names if fnmatch.fnmatch(name, chosen.only)]
     work = chosen.work or WORK / f"zoo_{chosen.part}.jsonl"
     rows = run(job, names, work, seconds=chosen.seconds, memory=int(chosen.gigabytes * 2**30), again=chosen.again)
-    good = sum(row["ok"] for row in rows)
-    print(f"{good} of {len(rows)} ran")
+    bad = [row["name"] for row in rows if not good(row)]
+    print(f"{len(rows) - len(bad)} of {len(rows)} are as they should be{': not ' if bad else ''}{', '.join(bad)}")
     if chosen.write:
         document = {
             "eke": __version__,
@@ -282,7 +297,7 @@ def main() -> None:
             "rows": [compact(row) for row in rows],
         }
         chosen.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    raise SystemExit(0 if good == len(rows) else 1)
+    raise SystemExit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ def names() -> list[str]:
     return [*(f"net:{name}" for name in NETS), *IMAGES]
 
 
+def good(row: dict[str, Any]) -> bool:
+    """Return whether a row is as it should be: verified, or refused with a module's name; and no cut was wrong."""
+    answered = row.get("answer") == "verified" or (row.get("answer") == "refused" and bool(row["names"]))
+    return bool(row["ok"]) and answered and not row["wrong"]
+
+
 def _net(name: str) -> Net:
     library, _, rest = name.partition(":")
     if library == "net":

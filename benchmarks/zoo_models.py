@@ -67,6 +67,20 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: name.partition(":")[2] in HEAVY)
 
 
+def family(name: str) -> str:
+    """Return the file of the library that a model comes from, such as "timm: convnext"; the library for others."""
+    library, _, model = name.partition(":")
+    if library == "timm":
+        import timm
+
+        return f"timm: {timm.model_entrypoint(model).__module__.rpartition('.')[2]}"
+    if library == "torchvision":
+        from torchvision import models
+
+        return f"torchvision: {models.get_model_builder(model).__module__.rpartition('.')[2]}"
+    return library
+
+
 def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """Build a model as the command line does, and find the smallest image that it takes.
 

@@ -65,7 +65,7 @@ def test_compress_ends_in_a_proof_or_a_reason(zoo, path, name):
     compress = importlib.import_module("zoo_compress")
     row = zoo.isolated(compress.row, name, seconds=500, memory=MEMORY)
     assert row["ok"], row["where"]
-    assert row["wrong"] == []
+    assert compress.good(row), row
     assert row["answer"] == ("refused" if name == "net:quantized" else "verified")
 
 
@@ -77,6 +77,20 @@ def test_cuts_of_real_weights_equal_their_masks(path, name):
     found = compress.groups_row(net.build().eval(), net.inputs(4, torch.Generator().manual_seed(0)))
     assert found["wrong"] == []
     assert found["worst"] <= compress.TOLERANCE
+
+
+def test_a_row_is_good_if_it_is_proved_or_refused_with_a_name(path):
+    compress = importlib.import_module("zoo_compress")
+    row = {"ok": True, "answer": "verified", "wrong": []}
+    assert compress.good(row)
+    assert compress.good({**row, "answer": "refused", "names": "layer1"})
+    for change in (
+        {"answer": "refused", "names": ""},
+        {"answer": "not what it claims"},
+        {"wrong": ["a"]},
+        {"ok": False},
+    ):
+        assert not compress.good({**row, **change})
 
 
 class Fails(nn.Module):
@@ -97,7 +111,12 @@ def fails(name, stages, model_of):
 
 
 def hangs(name, stages, model_of):
-    time.sleep(60)
+    time.sleep(600)
+
+
+def spins(name, stages, model_of):
+    while True:
+        pass
 
 
 def grows(name, stages, model_of):
@@ -120,10 +139,15 @@ def test_an_error_names_the_stage_and_the_module(zoo):
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [(hangs, "stopped after 1 s"), (grows, "MemoryError"), (dies, r"the process died \(exit code 3\)")],
+    [
+        (hangs, "stopped after 10 s"),
+        (spins, "stopped after 1 s of the processor"),
+        (grows, "MemoryError"),
+        (dies, r"the process died \(exit code 3\)"),
+    ],
 )
 def test_a_model_that_takes_too_much_is_a_row(zoo, job, message):
-    row = zoo.isolated(job, "x", seconds=1 if job is hangs else 60, memory=2**32)
+    row = zoo.isolated(job, "x", seconds={hangs: 0.5, spins: 1}.get(job, 60), memory=2**32)
     assert not row["ok"]
     assert re.search(message, row["error"])
 
@@ -142,11 +166,12 @@ def test_a_run_goes_on_where_it_stopped(zoo, tmp_path, capsys):
 
 def test_reasons_are_counted_without_names(zoo):
     row = {
-        "name": "m", "ok": True, "where": "x", "skipped": {"a.b": "kept", "a.c": "kept"},
+        "name": "net:m", "ok": True, "where": "x", "skipped": {"a.b": "kept", "a.c": "kept"},
         "whole": [["l", "a.b.c: LayerNorm averages the channels"], ["m", "a.d: LayerNorm averages the channels"]],
     }  # fmt: skip
     assert zoo.compact(row) == {
-        "name": "m", "ok": True, "skipped": {"kept": 2}, "whole": {"LayerNorm averages the channels": 2},
+        "name": "net:m", "family": "net", "ok": True, "skipped": {"kept": 2},
+        "whole": {"LayerNorm averages the channels": 2},
     }  # fmt: skip
 
 
