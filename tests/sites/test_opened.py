@@ -106,6 +106,7 @@ def test_opened_attention_takes_other_keys_padding_and_single_samples():
     q, k, v = double(5, 2, 8), double(7, 2, 8), double(7, 2, 8)
     padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
     same(*both(nn.MultiheadAttention(8, 2), q, k, v, key_padding_mask=padding))
+    same(*both(nn.MultiheadAttention(8, 2), q, k, v, padding, False, double(5, 7)))
     same(*both(nn.MultiheadAttention(8, 2, kdim=6, vdim=4), q, double(7, 2, 6), double(7, 2, 4)))
     same(*both(nn.MultiheadAttention(8, 2), q[:, 0], k[:, 0], v[:, 0]))
 

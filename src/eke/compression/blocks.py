@@ -30,7 +30,7 @@ from .candidates import Block, BlockKind
 from .task import evaluating
 
 
-class LeftOut(nn.Module):
+class _LeftOut(nn.Module):
     """What stands in for a block: gives its first tensor, or zeros of that shape, and None beside it if asked.
 
     Args:
@@ -52,6 +52,9 @@ class LeftOut(nn.Module):
         """Return the kind."""
         return self.kind
 
+    def _get_name(self) -> str:
+        return "LeftOut"
+
 
 def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
     """Replace a module by what passes its input on or gives zero, in place.
@@ -67,7 +70,7 @@ def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
     if kind not in get_args(BlockKind) or not name or name not in dict(model.named_modules()):
         raise ValueError(f"Cannot leave out {name!r} as {kind!r}: build the architecture that was compressed.")
     parent, _, attribute = name.rpartition(".")
-    left = LeftOut(kind).train(model.get_submodule(name).training)
+    left = _LeftOut(kind).train(model.get_submodule(name).training)
     model.get_submodule(parent)._modules[attribute] = left
 
 

@@ -203,13 +203,16 @@ class OpenAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *given: Any,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs and attention weights, as the module does."""
+        """Return outputs and attention weights, as the module does; options may be `given` by position."""
+        named: list[Any] = [key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal]
+        key_padding_mask, need_weights, attn_mask, average_attn_weights, _ = [*given, *named[len(given) :]]
         (module,) = self.original
         single = query.dim() == 2
         same = query is key and key is value
