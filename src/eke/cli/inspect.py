@@ -230,7 +230,7 @@ def sensitivities(model: nn.Module, task: Task, sites: Sequence[Site]) -> dict[s
     Args:
         model: In evaluation mode.
         task: Its loss and calibration batches.
-        sites: Those whose module can be hooked are looked at.
+        sites: Those whose inputs and outputs can be seen are looked at.
 
     Returns:
         Predicted increase of the loss by site name.
@@ -238,12 +238,12 @@ def sensitivities(model: nn.Module, task: Task, sites: Sequence[Site]) -> dict[s
     from ..curvature import Curvature
     from ..structures import UniformGrid
 
-    hookable = [site for site in sites if site.hookable]
+    visible = [site for site in sites if site.visible]
     curvature = Curvature.estimate(
-        model, task.loss, task.calibration, hookable, max_samples=_SAMPLES, max_locations=_LOCATIONS
+        model, task.loss, task.calibration, visible, max_samples=_SAMPLES, max_locations=_LOCATIONS
     )
     grid = UniformGrid(BITS)
-    weights = {site.name: site.read(model) for site in hookable if site.name in curvature.names}
+    weights = {site.name: site.read(model) for site in visible if site.name in curvature.names}
     return {name: curvature.quadratic(name, grid.project(weight) - weight) for name, weight in weights.items()}
 
 
@@ -268,15 +268,15 @@ def _lines(
 
 
 def _sentence(model: nn.Module, sites: Sequence[Site], groups: Sequence[ChannelGroup]) -> str:
-    channels = sum(group.size for group in groups)
+    units = sum(group.size for group in groups)
     return (
-        f"{type(model).__name__}: {len(sites)} matrices can be put on grids, {channels} channels in {len(groups)} "
-        f"groups can be cut. Sensitivity: predicted loss of rounding to {BITS} bits."
+        f"{type(model).__name__}: {len(sites)} matrices can be put on grids, {units} channels, heads or "
+        f"hidden units in {len(groups)} groups can be cut. Sensitivity: predicted loss of rounding to {BITS} bits."
     )
 
 
 def _group_words(group: ChannelGroup) -> str:
-    return f"channel group {group.name}: {group.size} channels, cut together in {', '.join(group.modules)}"
+    return f"group {group.name}: {group.size} {group.unit}, cut together in {', '.join(group.modules)}"
 
 
 def _group_json(group: ChannelGroup) -> dict[str, Any]:
