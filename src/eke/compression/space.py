@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ from .embeddings import embedding_candidates, embedding_sites
 from .factor import factorable
 from .job import Job
 from .plan import Term
+from .remember import Remembering
 from .task import evaluating
 from .timing import Timing
 
@@ -90,6 +91,7 @@ def explore(job: Job, run: Run) -> Space:
     Raises:
         ValueError: if nothing can be changed.
     """
+    job = replace(job, solver=Remembering(job.solver))
     everything = find(job.model, skip=job.skip)
     tables_of_rows = embedding_sites(job.model, everything)
     visible = [site for site in everything if site.visible]
