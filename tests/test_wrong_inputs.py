@@ -239,6 +239,13 @@ def test_a_task_that_calls_the_model_its_own_way_needs_no_example():
     assert result.met
 
 
+def test_a_result_is_printed_as_its_verdict():
+    result = compress()
+    assert repr(result).startswith("<Result of Sequential: ")
+    assert repr(result).endswith("Not yet reloaded in a fresh process.>")
+    assert len(repr(result)) < 300
+
+
 def test_flags_and_modes_are_as_before():
     model = net().train()
     model[0].weight.requires_grad_(False)

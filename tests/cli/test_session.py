@@ -86,3 +86,10 @@ def test_a_syntax_error_names_the_line(eke, tmp_path):
     told = eke("inspect", f"{tmp_path}/cli_syntax.py:build", "--input", "1,3", code=1).stderr
     assert 'cli_syntax.py", line 2' in told
     assert "Traceback" not in told
+
+
+def test_the_traceback_of_the_users_file_ends_at_its_own_last_line(eke, files):
+    done = eke("compress", "cli_tiny_model.py:raises", "--data", "cli_tiny_data.py:task", "--size", "0.5x", code=1)
+    assert 'return nn.Linear(3, "two")' in done.stderr
+    assert "site-packages" not in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("TypeError: ")

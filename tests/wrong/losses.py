@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import eke
 from eke import Counts
 from eke.compression import cross_entropy
 
-from .row import Row, Wrapped, compress, net, on_task
+from .row import BUDGET, STEPS, Row, Wrapped, compress, net, on_task, splits
 
 
 def loses_key(model, batch):
@@ -36,6 +37,15 @@ def shrinks(model, batch):
 def of_another_model():
     model = net()
     return compress(model, loss=lambda _, batch: cross_entropy(model, batch))
+
+
+def one_output(**options):
+    parts = [[(x, y.float()) for x, y in part] for part in splits()]
+    return eke.compress(net(classes=1), eke.Task(*parts, **options), budget=BUDGET, recovery=STEPS, seconds=0.02)
+
+
+def binary(model, batch):
+    return F.binary_cross_entropy_with_logits(model(batch[0])[:, 0], (batch[1] > 0).float())
 
 
 def no_accuracy(model):
@@ -205,6 +215,25 @@ ROWS = [
         "the logits are, forward=lambda model, batch: ...[1].",
         "The default loss takes the first output as the logits.",
         "`forward=lambda model, batch: model(batch[0])[1]`.",
+    ),
+    Row(
+        "one output a sample, with the default loss",
+        lambda _: one_output(),
+        ValueError,
+        "got targets torch.float32 (32,) and logits (32, 1): ... The model has one output a sample: give a loss= and a "
+        "score= of one output, such as eke.compression.squared_loss and mean_squared_error, or your own with "
+        "binary_cross_entropy_with_logits.",
+        "The default loss and score are those of classifiers with an output a class.",
+        "[Other losses and scores](how-to/metrics.md).",
+    ),
+    Row(
+        "one output a sample, with the default score",
+        lambda _: one_output(loss=binary),
+        ValueError,
+        "accuracy needs logits (batch, classes) of two classes and more and whole targets (batch,), got logits (32, 1) "
+        "and targets torch.float32 (32,) in batch 0: convert them or pass your own score=.",
+        "The largest of one output is always the first.",
+        "[Other losses and scores](how-to/metrics.md).",
     ),
     Row(
         "a number as evaluate",

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
 import sys
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
 import typer
@@ -21,6 +23,7 @@ import typer
 MARK = "__eke_spec__"
 """Global name that the modules loaded from a user's file carry: how they were asked for."""
 
+_HOME = str(pathlib.Path(__file__).resolve().parent.parent)
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -59,7 +62,17 @@ def describe(error: BaseException) -> str | None:
 
 
 def _shown(error: BaseException, frames: TracebackType) -> str:
-    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    """Return the traceback down to the last line of a file of the user's; what libraries do below it says little."""
+    told = traceback.TracebackException(type(error), error, frames)
+    own = [place for place, (frame, _) in enumerate(traceback.walk_tb(frames)) if not _is_library(frame)]
+    told.stack = traceback.StackSummary.from_list(told.stack[: own[-1] + 1])
+    return "".join(told.format()).rstrip()
+
+
+def _is_library(frame: FrameType) -> bool:
+    """Return whether a frame runs code of an installed package, of Python itself or of eke."""
+    file = frame.f_code.co_filename
+    return "site-packages" in file or file.startswith((sysconfig.get_path("stdlib"), _HOME, "<frozen"))
 
 
 def _sentence(error: BaseException) -> str:

@@ -108,6 +108,11 @@ def on_loss(loss: Any, batch: Any, *, outputs: Any, error: BaseException) -> str
     first = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
     if first is not None and first.ndim == 0 and not isinstance(outputs, Tensor):
         return " Its first output is one number: say where the logits are, forward=lambda model, batch: ...[1]."
+    if first is not None and first.ndim == 2 and first.shape[1] == 1:
+        return (
+            " The model has one output a sample: give a loss= and a score= of one output, such as "
+            "eke.compression.squared_loss and mean_squared_error, or your own with binary_cross_entropy_with_logits."
+        )
     targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     if not isinstance(targets, Tensor) or first is None:
         return ""

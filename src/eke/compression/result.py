@@ -80,7 +80,7 @@ class Evidence:
     calibration: tuple[Calibrated, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A compressed model with its proof.
 
@@ -103,6 +103,10 @@ class Result:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     title: str = "model"
     front: tuple[FrontPoint, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the verdict in a line; `before`, `after` and the report have the numbers."""
+        return f"<Result of {self.title}: {self.document().verdict.text}>"
 
     @property
     def before(self) -> Measured:

@@ -201,7 +201,8 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = f
         Counts with the outcome of every sample.
 
     Raises:
-        ValueError: if there is no batch, a logit is not a number, or logits are not (batch, classes).
+        ValueError: if there is no batch, a logit is not a number, or logits and targets are not (batch, classes) and
+            (batch,).
     """
     outcomes, order = [], hashlib.sha256()
     with evaluating(model):
@@ -214,8 +215,15 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = f
                     f"accuracy needs logits (batch, classes), got {tuple(logits.shape)} in batch {index}: pass your "
                     "own score=, where each sample counts once."
                 )
-            order.update(targets_of(batch).detach().cpu().contiguous().numpy().tobytes())
-            outcomes.append((logits.argmax(1) == targets_of(batch)).flatten())
+            targets = targets_of(batch)
+            if logits.shape[1] < 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
+                raise ValueError(
+                    "accuracy needs logits (batch, classes) of two classes and more and whole targets (batch,), got "
+                    f"logits {tuple(logits.shape)} and targets {targets.dtype} {tuple(targets.shape)} in batch "
+                    f"{index}: convert them or pass your own score=."
+                )
+            order.update(targets.detach().cpu().contiguous().numpy().tobytes())
+            outcomes.append(logits.argmax(1) == targets)
     if not outcomes:
         raise ValueError("The evaluation got 0 batches: pass a list or a DataLoader, not an iterator that is used up.")
     right = torch.cat(outcomes)
