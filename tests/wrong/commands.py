@@ -379,6 +379,21 @@ ROWS = [
         "Give data, or the shape of an input.",
     ),
     Command(
+        "inspect wrong_model.py:build --input 2,5",
+        "The model does not run on what it is called with, (float32 (2, 5)): ... Give data, or --input shapes, such as "
+        "1,3,224,224.",
+        "The shape does not fit the first layer.",
+        "Compare the shape in the message with the first layer.",
+        code=1,
+    ),
+    Command(
+        "gate wrong_model.py:build wrong_model.py:build --data wrong_data.py:narrow --max-drop 50%",
+        "The model does not run on calibration batch 0 (wrong_model.py:build), (float32 (32, 3), int64 (32,))",
+        "What the loader yields goes into the model as it is.",
+        "Compare the shape in the message with the first layer.",
+        code=1,
+    ),
+    Command(
         "inspect wrong_model.py:build --input wide",
         "--input needs a shape such as 1,3,224,224",
         "It is no shape.",

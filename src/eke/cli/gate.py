@@ -155,15 +155,21 @@ def compared(
     from ..compression.checks import check_batches, check_task
     from ..compression.measure import as_score, drop_between, evaluate_on
     from ..compression.result import plain
+    from ..compression.task import evaluating
+    from ..compression.trial import guarded, run_forward
     from ..compression.verify import few_samples
     from ..report import BudgetLine, Document, Measured, Speedup, Verdict
 
     old, new = sides
     check_task(task, limit, old.model)
     _, batch = check_batches(task.calibration)
+    for side in sides:
+        with evaluating(side.model):
+            run_forward(side.model, batch, task.forward, where=f"calibration batch 0 ({side.name})")
 
     def score(side: Side) -> Quality:
-        return evaluate_on(side.model, lambda net: task.score(net, task.report), of=side.name)
+        scored = guarded("score(model, batches)", lambda net: task.score(net, task.report))
+        return evaluate_on(side.model, scored, of=side.name)
 
     def run(side: Side) -> Any:
         with torch.inference_mode():

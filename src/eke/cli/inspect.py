@@ -145,6 +145,7 @@ def inspected(
     from .. import cost
     from ..compression.measure import costs, runner
     from ..compression.task import evaluating, split_batch
+    from ..compression.trial import check_called
     from ..report import Document, Measured, Verdict
     from ..sites import channel_groups, find, skipped, unwrap
 
@@ -152,6 +153,9 @@ def inspected(
     arguments: Any = inputs if inputs or task is None else split_batch(next(iter(task.calibration)))[0]
     positional: tuple[Any, ...] = (arguments,) if isinstance(arguments, dict) else arguments
     program = exported.is_program(model)
+    check_called(
+        model, arguments, which="what it is called with", do="Give data, or --input shapes, such as 1,3,224,224."
+    )
     with evaluating(model):
         sites = find(model)
         flops = cost.flops_by_module(model, *positional)

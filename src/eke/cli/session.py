@@ -51,14 +51,19 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     if frames := _from_user_file(error.__traceback__):
-        return f"error in {frames.tb_frame.f_globals[MARK]}:\n{_shown(error, frames)}"
+        return f"error in {_file(frames)}:\n{_shown(error, frames)}"
     # What a loss, a score or a loader of the user's raised is the cause of what eke says about it.
     cause = error.__cause__
     if cause is not None and isinstance(error, _EXPECTED) and (frames := _from_user_file(cause.__traceback__)):
-        return f"error: {_sentence(error)}\nin {frames.tb_frame.f_globals[MARK]}:\n{_shown(cause, frames)}"
+        return f"error: {_sentence(error)}\nin {_file(frames)}:\n{_shown(cause, frames)}"
     if isinstance(error, SyntaxError):
         return "error: " + "".join(traceback.format_exception_only(error)).strip()
     return f"error: {_sentence(error)}" if isinstance(error, _EXPECTED) else None
+
+
+def _file(frames: TracebackType) -> str:
+    """Return the user's file as it was asked for; a file may hold several functions that were."""
+    return str(frames.tb_frame.f_globals[MARK]).rpartition(":")[0]
 
 
 def _shown(error: BaseException, frames: TracebackType) -> str:

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from .. import cost
-from .._errors import error_line
 from .._types import Batch, Evaluate, Loss, Quality
 from ..solvers import reconstruct
 from ..structures import Structure
 from . import measure
-from .advice import describe
 from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
 from .budget import Budget
@@ -31,7 +29,7 @@ from .original import check_module, check_sites, check_state, private_copy, with
 from .recover import Recovery
 from .task import Forward, Task, cross_entropy, evaluating, split_batch
 from .task import forward as default_forward
-from .trial import check_gradients, check_runs, guarded
+from .trial import check_called, check_gradients, check_runs, guarded
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def prepare(
         lambda index, batch: _check_on(probe, batch, task, index),
         classes=getattr(task.loss, "func", task.loss) is cross_entropy,
     )
-    recovery = recovery or Recovery()
+    recovery = recovery or task.recovery or Recovery()
     job = Job(
         model=bare,
         batches=task.calibration,
@@ -233,7 +231,7 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def _inputs(example: Any, first: Batch, forward: Forward, probe: nn.Module) -> Inputs:
-    """Return what the model is called with for measurements, once it was seen to run on it."""  # noqa: DOC501
+    """Return what the model is called with for measurements, once it was seen to run on it."""
     if example is None:
         called = None if forward is default_forward else _called_with(probe, first, forward)
         inputs: Inputs = split_batch(first)[0] if called is None else called
@@ -241,16 +239,13 @@ def _inputs(example: Any, first: Batch, forward: Forward, probe: nn.Module) -> I
         inputs = example
     else:
         inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    try:
-        with evaluating(probe):
-            measure.call(probe, inputs)
-    except Exception as error:
-        which = "example" if example is not None else "the first batch without forward="
-        shape = describe(inputs)
-        raise ValueError(
-            f"The model does not run on {which}, {shape}: {error_line(error)}. Give example=, what the model is called "
-            "with: a tensor, a tuple of positional or a dictionary of keyword arguments."
-        ) from error
+    check_called(
+        probe,
+        inputs,
+        which="example" if example is not None else "the first batch without forward=",
+        do="Give example=, what the model is called with: a tensor, a tuple of positional or a dictionary of keyword "
+        "arguments.",
+    )
     return inputs
 
 

@@ -178,6 +178,25 @@ def _run_loss(model: nn.Module, batch: Batch, loss: Loss, *, outputs: Any, index
     return value
 
 
+def check_called(model: nn.Module, inputs: Any, *, which: str, do: str) -> None:
+    """Refuse inputs on which a model does not run.
+
+    Args:
+        model: The model.
+        inputs: A tuple of positional or a dictionary of keyword arguments.
+        which: Names them, for the message.
+        do: What to do where they do not fit.
+
+    Raises:
+        ValueError: if it does not run.
+    """
+    try:
+        with evaluating(model):
+            model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    except Exception as error:
+        raise ValueError(f"The model does not run on {which}, {describe(inputs)}: {error_line(error)}. {do}") from error
+
+
 def guarded(name: str, function: Evaluate) -> Evaluate:
     """Return an evaluation whose failures name it.
 
