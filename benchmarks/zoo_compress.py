@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from zoo_nets import NETS, Net
 
 import eke
+from eke.compression.candidates import quick
 from eke.compression.task import logits_of
 
 TOLERANCE = 1e-6
@@ -108,7 +109,7 @@ def row(name: str, stages: Any, model_of: dict[str, nn.Module]) -> dict[str, Any
     try:
         result = eke.compress(
             model, batches, loss=loss, budget=eke.Budget(size="0.5x"), seconds=0.05, threads=1,
-            recovery=eke.compression.Recovery(steps=0),
+            recovery=eke.compression.Recovery(steps=0), solver=quick,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split())
