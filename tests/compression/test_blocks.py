@@ -285,13 +285,35 @@ def oracle(model: nn.Module, name: str, batches, kind: str) -> float:
     return quadratic + max(0.0, float(slopes.mean()))
 
 
+def increase(model: nn.Module, name: str, batch, kind: str) -> float:
+    left = copy.deepcopy(model)
+    leave_out_(left, name, kind)
+    with torch.no_grad():
+        return float(cross_entropy(left, batch) - cross_entropy(model, batch))
+
+
+def test_a_branch_before_a_normalisation_is_not_taken_for_free():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LayerNorm(4, eps=1e-12))
+    model = model.append(nn.Linear(4, 2)).double()
+    model[1][1].bias.data.mul_(0)
+    model[3].weight.data.mul_(8)
+    images = torch.randn(32, 3, dtype=torch.float64)
+    batch = (images, model(images).argmax(1))
+    (block,) = block_candidates(model, cross_entropy, [batch], {"1": False})
+    found = {kind: increase(model, "1", batch, kind) for kind in ("identity", "zero")}
+    assert block.loss >= min(found.values()) > 1e-3
+
+
 @pytest.mark.parametrize("counts", [(7,), (4, 4), (5, 2, 3)])
 def test_the_predicted_loss_is_slope_and_curvature_along_the_change_sample_by_sample(counts):
     model, batches = residual(), data(*counts)
     found = block_candidates(model, cross_entropy, batches, BOTH)
     assert [block.name for block in found] == ["block", "branch"]
     for block in found:
-        wanted = {kind: oracle(model, block.name, batches, kind) for kind in ("identity", "zero")}
+        wanted = {
+            kind: max(oracle(model, block.name, batches, kind), increase(model, block.name, batches[0], kind))
+            for kind in ("identity", "zero")
+        }
         assert block.kind == min(wanted, key=wanted.get)
         assert block.loss == pytest.approx(wanted[block.kind], rel=1e-9)
         assert block.choice == f"block:{block.name}"

@@ -376,3 +376,16 @@ def test_recovery_refuses_negative_numbers(field):
 def test_recovery_refuses_shares_out_of_range(field):
     with pytest.raises(ValueError, match=r"Recovery needs 0 <= warmup < 1 and 0 <= grid_from <= 1, got "):
         Recovery(**field)
+
+
+def test_a_task_brings_its_own_recovery_unless_another_is_given():
+    from eke.compression import Budget, Task
+    from eke.compression.prepare import prepare
+
+    net = nn.Linear(3, 2)
+    data = [(torch.randn(40, 3), torch.randint(0, 2, (40,)))]
+    own = Recovery(steps=7, learning_rate=1e-4)
+    task = Task(data, data, data, recovery=own)
+    for given, wanted in ((None, own), (Recovery(steps=3), Recovery(steps=3))):
+        prepared = prepare(net, task, budget=Budget(size="0.5x"), recovery=given)
+        assert prepared.job.recovery == wanted

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eke.compression import accuracy
-from eke.demo import build, images, task
+from eke.demo import build, crepe, g2p, images, task
 from eke.demo import task as demo_task
 
 SIZES = {"calibration": 5000, "selection": 2000, "report": 5000}
@@ -119,3 +119,14 @@ def test_the_network_is_about_as_good_on_a_few_images():
         right = int((build()(pixels[:500]).argmax(1) == classes[:500]).sum())
     # 92.5 % of 500 with four standard errors.
     assert right > 500 * (0.925 - 4 * 0.012)
+
+
+@pytest.mark.parametrize("match", [g2p.token_divergence, crepe.bin_cross_entropy])
+def test_what_a_witness_recovers_by_is_least_where_the_answers_agree(match):
+    shape = (3, 4, 5) if match is g2p.token_divergence else (3, 5)
+    teacher = torch.randn(shape, dtype=torch.float64)
+    student = teacher.clone().requires_grad_()
+    least = match(student, teacher)
+    (gradient,) = torch.autograd.grad(least, student)
+    torch.testing.assert_close(gradient, torch.zeros(shape, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert all(match(teacher + 0.1 * torch.randn(shape), teacher) > least.detach() for _ in range(5))

@@ -111,7 +111,7 @@ def compress(
         if front is not None or nested:
             check_front(front, out, resume=resume)
         if front is not None:
-            documents = _front(_complete(wanted), out, front, nested=nested, base=base)
+            documents = _front(wanted, out, front, nested=nested, base=base)
         else:
             documents = [_continued(wanted, out, resume=resume, base=base)]
     if front is not None:
@@ -129,7 +129,7 @@ def _continued(wanted: Recipe, out: pathlib.Path, *, resume: bool, base: pathlib
     """Return the report of a new, continued or finished run."""  # noqa: DOC501
     check_folder(out, resume=resume)
     try:
-        document = _finished(out, wanted) if resume else None
+        document = _finished(out, wanted, base=base) if resume else None
         if resume and document is None and not _unfinished(out):
             typer.echo(f"nothing to continue in {out}: starting", err=True)
         return document or _run(wanted, out, resume=resume, base=base)
@@ -203,15 +203,7 @@ def _unfinished(folder: pathlib.Path) -> bool:
     return (folder / RUN / "recipe.json").exists()
 
 
-def _complete(wanted: Recipe) -> Recipe:
-    """Return the recipe with the recovery's defaults filled in, so that it says all there is to say."""
-    from ..compression import Recovery
-
-    defaults = Recovery()
-    return replace(wanted, recovery={n: wanted.recovery.get(n, getattr(defaults, n)) for n in recipes.RECOVERY})
-
-
-def _finished(folder: pathlib.Path, wanted: Recipe) -> Document | None:
+def _finished(folder: pathlib.Path, wanted: Recipe, *, base: pathlib.Path | None) -> Document | None:
     """Return the report of a run that needs no continuing, or None."""  # noqa: DOC501
     from ..report import Document
 
@@ -221,7 +213,7 @@ def _finished(folder: pathlib.Path, wanted: Recipe) -> Document | None:
     if not document.verdict.verified:
         return None
     before = recipes.assigned(recipes.read(folder), [], where=str(folder / recipes.FILE))
-    if before != (now := _complete(wanted).to_json()):
+    if before != (now := wanted.with_recovery_of(load_task(wanted, folder=base)).to_json()):
         changed = next(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise UsageError(
             f"The finished run in {folder} had another recipe: {changed} was {before.get(changed)!r} and is now "
@@ -243,13 +235,14 @@ def _run(wanted: Recipe, folder: pathlib.Path, *, resume: bool, base: pathlib.Pa
         raise UsageError(
             f"Nothing was limited, got the budget {wanted.budget}: give a limit, such as --max-drop 1% --latency 0.5x."
         )
-    wanted = _complete(wanted)
     try:
         budget = check_budget(Budget(**wanted.budget))
-        recovery = Recovery(**wanted.recovery)  # type: ignore[arg-type]
+        Recovery(**wanted.recovery)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}".replace("Budget.", "budget.")) from error
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)
+    wanted = wanted.with_recovery_of(task)
+    recovery = replace(task.recovery or Recovery(), **wanted.recovery)  # type: ignore[arg-type]
     with pinned_threads(wanted.threads), shown() as progress:
         result = compressed(
             model, task, budget=budget, recovery=recovery, skip=wanted.skip, seed=wanted.seed, threads=wanted.threads,

@@ -82,12 +82,13 @@ def compress_front(
     from ..compression.result import mark_verified
     from ..cost import pinned_threads
 
-    recovery: Mapping[str, Any] = wanted.recovery
     budgets = budgets_between(Budget(**wanted.budget), count)
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)
+    wanted = wanted.with_recovery_of(task)
+    recovery: Mapping[str, Any] = wanted.recovery
     with pinned_threads(wanted.threads), shown() as progress:
         results = front(
-            model, task, budgets=budgets, nested=nested, recovery=Recovery(**recovery),
+            model, task, budgets=budgets, nested=nested, recovery=replace(task.recovery or Recovery(), **recovery),
             skip=wanted.skip, seed=wanted.seed, threads=wanted.threads, seconds=wanted.seconds, progress=progress,
             title=task.name if wanted.task else f"{type(model).__name__} of {wanted.model}",
         )  # fmt: skip

@@ -20,12 +20,15 @@ import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .names import check, check_all
 from .session import UsageError
+
+if TYPE_CHECKING:
+    from ..compression import Task
 
 BUDGET = ("max_drop", "latency", "size", "macs", "parameters", "peak_memory")
 """Limits, as `eke.Budget` has them."""
@@ -86,8 +89,8 @@ class Recipe:
         """
         if self.task is None and self.model is None:
             raise UsageError(
-                f"No model was given, got {self.model}: eke {verb} FILE.py:FUNCTION --data FILE.py:FUNCTION, or eke {verb} "
-                "--task demo."
+                f"No model was given, got {self.model}: eke {verb} FILE.py:FUNCTION --data FILE.py:FUNCTION, or "
+                f"eke {verb} --task demo."
             )
         if self.task is None and self.data is None:
             raise UsageError(
@@ -115,6 +118,13 @@ class Recipe:
         if model is not None or data is not None:
             return replace(self, model=model or self.model, data=data or self.data, task=None)
         return self
+
+    def with_recovery_of(self, task: Task) -> Recipe:
+        """Return the recipe with the task's recovery, or the default one, filled in: it says all there is to say."""
+        from ..compression import Recovery
+
+        defaults = task.recovery or Recovery()
+        return replace(self, recovery={n: self.recovery.get(n, getattr(defaults, n)) for n in RECOVERY})
 
     def with_flags(
         self,

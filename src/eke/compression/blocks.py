@@ -8,7 +8,9 @@ own loss there, u = sum over locations of <g, dy> is measured sample by sample, 
 
     predicted loss = max(0, E[u]) + 1/2 E[u^2],
 
-the slope and the curvature along dy, without any approximation by factors. The kind that is predicted to cost less is
+the slope and the curvature along dy, without any approximation by factors. Along some dy the loss is flat only at its
+beginning (an output that is normalised afterwards does not change with its size until it is zero), so the model is run
+without each block once as well, and the larger of prediction and measurement counts. The kind that costs less is
 proposed. A block is none where the model does not run without it, or where channels can be cut on one side of it alone:
 its input could then not stand for its output.
 """
@@ -16,7 +18,9 @@ its input could then not stand for its output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -146,17 +150,24 @@ def _keep_shape(model: nn.Module, names: Sequence[str], call: Callable[[nn.Modul
     return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
 
 
-def _runs_without(model: nn.Module, name: str, pair: bool, call: Callable[[nn.Module], Any]) -> bool:
+@contextmanager
+def _without(model: nn.Module, name: str, kind: BlockKind) -> Iterator[None]:
+    """Leave a module out as long as the context lasts."""
     parent, _, attribute = name.rpartition(".")
     kept = model.get_submodule(name)
-    leave_out_(model, name, _kinds(pair)[0])
+    leave_out_(model, name, kind)
     try:
-        with evaluating(model):
+        yield
+    finally:
+        model.get_submodule(parent)._modules[attribute] = kept
+
+
+def _runs_without(model: nn.Module, name: str, pair: bool, call: Callable[[nn.Module], Any]) -> bool:
+    try:
+        with _without(model, name, _kinds(pair)[0]), evaluating(model):
             call(model)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        model.get_submodule(parent)._modules[attribute] = kept
     return True
 
 
@@ -188,8 +199,10 @@ def block_candidates(
     private = copy.deepcopy(model).eval().requires_grad_(False)
     along: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
     seen = 0
+    first: list[Batch] = []
     with Recorder(private, names, outputs=True) as recorder, torch.enable_grad():
         for index, batch in enumerate(batches):
+            first = first or [batch]
             calls, samples = recorder.run(loss, batch, index)
             for name in names:
                 slopes: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -204,14 +217,21 @@ def block_candidates(
             seen += samples
             if seen >= max_samples:
                 break
-    blocks = []
-    for name, kinds in along.items():
-        if not kinds[0]:
-            continue  # the loss does not use it
-        costs = [_predicted(torch.cat(parts)) for parts in kinds]
-        best = min(range(2), key=lambda i: sum(costs[i]))
-        blocks.append(Block(name, _kinds(names[name])[best], sum(costs[best]), costs[best][1]))
-    return blocks
+    with evaluating(private):
+        base = float(loss(private, first[0])) if first else 0.0
+        blocks = []
+        for name, kinds in along.items():
+            if not kinds[0]:
+                continue  # the loss does not use it
+            options = []
+            for kind, parts in zip(_kinds(names[name]), kinds):
+                bend, slope_there = _predicted(torch.cat(parts))
+                with _without(private, name, kind):
+                    increase = float(loss(private, first[0])) - base
+                cost = max(bend + slope_there, increase) if math.isfinite(increase) else math.inf
+                options.append(Block(name, kind, cost, slope_there))
+            blocks.append(min(options, key=lambda block: block.loss))
+    return [block for block in blocks if math.isfinite(block.loss)]
 
 
 def _predicted(u: Tensor) -> tuple[float, float]:

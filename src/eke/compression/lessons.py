@@ -102,8 +102,9 @@ def distillation(student: Any, teacher: Any, *, temperature: float = 2.0) -> Ten
     """Distance of the student's answers from the teacher's.
 
     Logits (batch, classes) are compared by the Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
-    "Distilling the knowledge in a neural network", 2015), anything else by the squared error relative to the variance
-    of the teacher's values.
+    "Distilling the knowledge in a neural network", 2015), and so are named logits (batch, tokens, classes), as language
+    models return them, token by token; anything else by the squared error relative to the variance of the teacher's
+    values. A task may bring a distance of its own (`Task(recovery=Recovery(match=...))`).
 
     Args:
         student: The student's outputs.
@@ -117,6 +118,8 @@ def distillation(student: Any, teacher: Any, *, temperature: float = 2.0) -> Ten
         ours, theirs = logits_of(student), logits_of(teacher)
     except TypeError:
         return _relative_error(student, teacher)
+    if ours.ndim == 3 and not isinstance(student, Tensor):
+        ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)
     if ours.ndim == 2 and ours.shape[1] > 1:
         return F.kl_div(
             F.log_softmax(ours / temperature, 1),

@@ -16,13 +16,16 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._types import Batch, Counts, Loss, Quality
+
+if TYPE_CHECKING:
+    from .recover import Recovery
 
 Forward = Callable[[nn.Module, Batch], Any]
 """`forward(model, batch)`: the model's outputs for a batch."""
@@ -242,6 +245,7 @@ class Task:
         score: Score of a model on batches.
         forward: Calls the model on a batch; eke's losses and scores call the model in the same way.
         name: Shown in reports.
+        recovery: The recovery that suits the model and its answers; None for the default one.
     """
 
     calibration: Iterable[Batch]
@@ -251,6 +255,7 @@ class Task:
     score: Score = accuracy
     forward: Forward = forward
     name: str = "task"
+    recovery: Recovery | None = None
 
     def __post_init__(self) -> None:
         if self.forward is forward:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._types import Batch, Counts
-from ..compression import Task
+from ..compression import Recovery, Task
 from . import wheels
 from .scoring import counted
 
@@ -162,4 +162,15 @@ def task() -> Task:
     return Task(
         calibration, selection, report, loss=bump_cross_entropy, score=pitch_accuracy,
         name="crepe: pitch of synthesised tones",
+        recovery=Recovery(steps=400, learning_rate=1e-3, batch_size=128, match=bin_cross_entropy),
     )  # fmt: skip
+
+
+def bin_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of the student's bins under the teacher's, each a probability of its own.
+
+    Args:
+        student: Logits (samples, bins).
+        teacher: Logits of the same shape.
+    """
+    return F.binary_cross_entropy_with_logits(student, torch.sigmoid(teacher))

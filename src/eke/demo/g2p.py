@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._types import Batch, Counts
-from ..compression import Task
+from ..compression import Recovery, Task
 from . import wheels
 from .scoring import counted, shuffled
 
@@ -201,8 +201,20 @@ def task() -> Task:
     words = iter(shuffled(known))
     calibration, selection, report = (_batched(itertools.islice(words, size), known) for size in SIZES.values())
     return Task(
-        calibration, selection, report, loss=next_phoneme, score=word_accuracy, name="g2p: spelling to pronunciation"
-    )
+        calibration, selection, report, loss=next_phoneme, score=word_accuracy, name="g2p: spelling to pronunciation",
+        recovery=Recovery(steps=2000, learning_rate=1e-3, match=token_divergence),
+    )  # fmt: skip
+
+
+def token_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of next phonemes, mean over samples and steps.
+
+    Args:
+        student: Logits (samples, steps, phonemes).
+        teacher: Logits of the same shape.
+    """
+    ours, theirs = (logits.flatten(0, 1).log_softmax(1) for logits in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _batched(words: Iterable[str], known: dict[str, tuple[str, ...]]) -> list[Batch]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .._errors import require
 from .._types import Batch, Counts
-from ..compression import Task
+from ..compression import Recovery, Task
 from . import wheels
 from .scoring import counted, shuffled
 
@@ -215,4 +215,5 @@ def task() -> Task:
         loss=contrastive,
         score=first_hits,
         name="minilm: retrieval in Python's topics",
+        recovery=Recovery(steps=400, learning_rate=3e-4, batch_size=16),
     )
