@@ -32,6 +32,7 @@ from eke.compression.calibrate import (
     levelled,
     plan_loss,
     power_law,
+    share,
 )
 from eke.compression.candidates import (
     Block,
@@ -324,8 +325,8 @@ def test_calibration_shows_its_progress(world):
     _, _, decisions, job, carry_out = world
     few = Decisions(decisions.widths[:1], decisions.forms[:1], ())
     shares = []
-    calibrate(few, Meter(job), carry_out, plans=2, progress=lambda share, text: shares.append((share, text)))
-    assert [share for share, _ in shares] == sorted(share for share, _ in shares)
+    calibrate(few, Meter(job), carry_out, plans=2, progress=lambda done, text: shares.append((done, text)))
+    assert [done for done, _ in shares] == sorted(done for done, _ in shares)
     assert shares[0] == (0.0, f"{anchor_options(few)[0][0]}, option {anchor_options(few)[0][1]}, alone")
     assert [text for _, text in shares[-2:]] == ["random plan 1", "random plan 2"]
 
@@ -372,3 +373,17 @@ def test_the_level_is_one_where_little_is_clear_of_noise():
     noisy = [Anchor("matrix:a", i, "grid", 0.01, 0.01, error=0.006) for i in range(1, 5)]
     assert best_level(noisy, decisions.rises) == 1.0
     assert best_level([], {}) == 1.0
+
+
+def test_less_is_carried_out_for_a_larger_model_but_never_nothing(world, monkeypatch):
+    model, data, decisions, job, carry_out = world
+    assert share(job) == 1.0
+    macs = cost.flops(model, data[0][0][:1]) / 2
+    monkeypatch.setattr(calibrate_module, "TOTAL", 16 * affordable(job) * macs)
+    assert share(job) == pytest.approx(0.25)
+    options = anchor_options(decisions)
+    for effort, anchors, plans in ((1.0, 64, 10), (0.5, 32, 5), (0.01, 12, 4)):
+        found = calibrate(decisions, Meter(job, samples=32), carry_out, effort=effort)
+        assert [(a.choice, a.option) for a in found.anchors] == options[:anchors]
+        assert len(found.plans) <= plans
+    assert len(calibrate(decisions, Meter(job, samples=32), carry_out, effort=0.01, plans=1).plans) <= 1

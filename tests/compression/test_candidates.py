@@ -11,8 +11,9 @@ import torch
 from eke.compression import candidates
 from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
+from eke.linalg import Metric
 from eke.sites import channel_groups, find
-from eke.solvers import remove_columns
+from eke.solvers import remove_columns, sweep
 from eke.structures import NM, Both, LowRank, UniformGrid, Unstructured
 
 from .nets import batches, trained
@@ -84,9 +85,9 @@ def test_losses_start_at_zero_and_rise_as_channels_go(widths):
 
 def test_the_units_that_go_first_are_predicted_to_hurt_less_than_those_that_stay(model, world, widths):
     sites, curvature, _ = world
-    by_module = {site.module_name: site for site in sites}
+    by_parameter = {site.parameter_name: site for site in sites}
     for width in widths:
-        consumers = candidates.readers(width.group, by_module, model, curvature)
+        consumers = candidates.readers(width.group, by_parameter, model, curvature)
         count = width.group.size // 2
 
         def predicted(units, consumers=consumers):
@@ -99,9 +100,9 @@ def test_the_units_that_go_first_are_predicted_to_hurt_less_than_those_that_stay
 
 def test_a_groups_predicted_loss_sums_over_its_readers(model, world, widths):
     sites, curvature, _ = world
-    by_module = {site.module_name: site for site in sites}
+    by_parameter = {site.parameter_name: site for site in sites}
     width = next(w for w in widths if len(w.group.consumers) > 1)
-    consumers = candidates.readers(width.group, by_module, model, curvature)
+    consumers = candidates.readers(width.group, by_parameter, model, curvature)
     assert consumers is not None
     assert len(consumers) == len(width.group.consumers)
 
@@ -205,3 +206,26 @@ def test_what_a_block_holds_is_not_replaced_when_it_is_left_out():
     assert decisions.block_of("0.1") == decisions.blocks[0]
     assert decisions.block_of("1") is None
     assert not decisions.blocks[0].holds("01")
+
+
+def test_effort_is_spared_where_something_is_learned_and_for_large_models(world, monkeypatch):
+    sites, _, _ = world
+    assert candidates.default_solver(sites, learns=True) is candidates.quick
+    assert candidates.default_solver(sites, learns=False) is not candidates.quick
+    work = sum(m * n * (m + n) for m, n in (site.shape for site in sites))
+    monkeypatch.setattr(candidates, "EFFORT", work - 1)
+    assert candidates.default_solver(sites, learns=False) is candidates.quick
+
+
+@pytest.mark.parametrize("structure", [Both(NM(2, 4), UniformGrid(4)), Unstructured(0.5)], ids=repr)
+def test_wide_matrices_are_swept_and_compared_with_projection_on_some_rows(structure, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(64, 16) @ torch.randn(16, 16)
+    weight, metric = torch.randn(8, 16), Metric(x.T @ x / 64, torch.eye(8))
+    tried = sweep(structure, weight, metric, revisits=0).losses
+    monkeypatch.setattr(candidates, "WIDE", 15)
+    found = candidates.quick(structure, weight, metric)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(structure.project(found), found, rtol=0, atol=0)
+    wanted = min(tried["sweep"], tried["weighted projection"])
+    assert metric.loss((found - weight).double()) == pytest.approx(wanted, rel=1e-3)

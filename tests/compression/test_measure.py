@@ -208,3 +208,28 @@ def test_counts_keep_their_name():
 def test_a_metric_that_hangs_on_one_sample_is_refused(value, text):
     with pytest.raises(ValueError, match=text):
         measure.checked_score(value, of="the model")
+
+
+class Needy(nn.Module):
+    """Wants at least so many samples, and counts them."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.seen = least, list[int]()
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        self.seen.append(len(x))
+        if len(x) < self.least:
+            raise ValueError(f"{len(x)} samples")
+        return scale * x.sum(1) + table.sum()
+
+
+def test_few_samples_stand_for_all_where_the_model_runs_on_them():
+    inputs = (torch.ones(8, 3), torch.ones(5), 2.0)
+    x, table, scale = measure.few(Needy(1).eval(), inputs)
+    assert (x.shape, table.shape, scale) == ((2, 3), (5,), 2.0)
+    assert measure.few(Needy(3).eval(), inputs) is inputs
+    assert measure.few(Needy(1).eval(), inputs, samples=8) is inputs
+    keywords = measure.few(Needy(1).eval(), {"x": inputs[0], "table": inputs[1]}, samples=3)
+    assert {name: len(value) for name, value in keywords.items()} == {"x": 3, "table": 5}
+    assert measure.few(Needy(1).eval(), (2.0,)) == (2.0,)

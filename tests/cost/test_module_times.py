@@ -142,3 +142,16 @@ def test_compiled_models_are_refused():
 def test_budget_must_be_positive(seconds):
     with pytest.raises(ValueError, match=f"seconds must be a positive number, got {seconds!r}"):
         module_times(nn.Linear(3, 4).eval(), X, seconds=seconds)
+
+
+def test_fewer_pairs_of_passes_may_be_asked_for():
+    clock = Clock()
+    net = nn.Sequential(Spend(clock, 1000.0)).eval()
+    times = module_times(net, X, seconds=0.5, fewest_pairs=1, clock=clock)
+    assert net[0].calls == 3  # one to see which modules run
+    assert times == pytest.approx({"0": 1.0, "": 0.0})
+
+
+def test_no_pair_of_passes_is_refused():
+    with pytest.raises(ValueError, match="at least one pair of passes, got fewest_pairs=0"):
+        module_times(nn.Sequential(nn.ReLU()).eval(), X, fewest_pairs=0)

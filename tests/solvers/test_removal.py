@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eke.linalg import Metric
-from eke.solvers import Consumer, greedy_removal, removal_scores, remove_columns
+from eke.solvers import Consumer, greedy_removal, removal, removal_scores, remove_columns
 
 
 def problem(m: int = 4, n: int = 9, seed: int = 0, samples: int = 40) -> tuple[torch.Tensor, ...]:
@@ -166,3 +166,50 @@ def test_bad_arguments_are_named():
         greedy_removal([consumer], 5)
     with pytest.raises(ValueError, match=r"same channels, got channel numbers \[4, 8\]"):
         greedy_removal([consumer, Consumer(w, a, torch.arange(8).view(8, 1))], 1)
+
+
+def test_many_channels_go_in_lots_and_losses_at_their_ends_are_those_of_the_set(monkeypatch):
+    monkeypatch.setattr(removal, "_LOTS", 3)
+    w, x, g = problem(n=18, samples=60)
+    blocks = torch.arange(18).view(9, 2)
+    consumer = Consumer(w, x.T @ x / 60, blocks, g)
+    order = greedy_removal([consumer], 8, damping=0.0)
+    assert sorted(order.channels.tolist()) == sorted(set(order.channels.tolist()))
+    ends, left = [], 9
+    while left > 1:
+        left -= min(max(1, left // 3), left - 1)
+        ends.append(9 - left)
+    assert ends[:3] == [3, 5, 6]
+    for count in ends:
+        gone = blocks[order.channels[:count]].flatten()
+        wanted = remove_columns(w, x.T @ x / 60, gone, g=g, damping=0.0).loss
+        assert float(order.losses[count - 1]) == pytest.approx(wanted, rel=1e-6)
+    assert bool((order.losses.diff() >= 0).all())
+
+
+def test_a_lot_is_the_cheapest_channels_and_shares_its_loss_by_their_scores(monkeypatch):
+    monkeypatch.setattr(removal, "_LOTS", 3)
+    w, x, g = problem(n=9)
+    a, extra = x.T @ x / 40, torch.linspace(0, 5, 9, dtype=torch.float64)
+    blocks = torch.arange(9).view(9, 1)
+    alone = removal_scores(w, a, blocks, g) + extra
+    order = greedy_removal([Consumer(w, a, blocks, g)], 3, extra=extra)
+    assert order.channels.tolist() == alone.argsort()[:3].tolist()
+    shares = alone.sort().values[:3].cumsum(0)
+    torch.testing.assert_close(order.losses / order.losses[-1], shares / shares[-1], rtol=1e-9, atol=0)
+    joint = remove_columns(w, a, order.channels, g=g).loss + float(extra[order.channels].sum())
+    assert float(order.losses[-1]) == pytest.approx(joint, rel=1e-2)
+
+
+def test_inputs_that_hardly_vary_are_compensated_as_far_as_rounding_allows():
+    """In float32 the covariance of such inputs is mostly rounding, and not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    mean = 1 + torch.rand(64, dtype=torch.float64, generator=generator)
+    x = (mean + 1e-4 * torch.randn(200, 64, dtype=torch.float64, generator=generator)).float()
+    w = torch.randn(5, 64, generator=generator)
+    a, remove = x.T @ x / 200, torch.arange(20)
+    covariance = a.double() - torch.outer(x.mean(0), x.mean(0)).double()
+    assert float(torch.linalg.eigvalsh(covariance)[0]) < -1e-3 * float(covariance.diagonal().mean())
+    found = remove_columns(w, a, remove, mean=x.mean(0), bias=torch.zeros(5))
+    error = x[:, 20:] @ found.weight.T + found.bias - x @ w.T
+    assert float(error.abs().max()) < 0.02 * float((x @ w.T).abs().max())

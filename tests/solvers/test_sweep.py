@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 
 from eke.linalg import Metric
-from eke.solvers import sweep
+from eke.solvers import sweep, swept
 from eke.structures import UniformGrid
 
 
@@ -107,3 +108,30 @@ class Everything:
 
     def __repr__(self) -> str:
         return "Everything"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_sweep_alone_is_what_sweep_tries(seed):
+    w, metric = problem(seed=seed)
+    alone = swept(UniformGrid(3), w, metric)
+    tried = sweep(UniformGrid(3), w, metric, revisits=0)
+    assert metric.loss(alone - w) == pytest.approx(tried.losses["sweep"], rel=1e-9)
+    assert torch.equal(UniformGrid(3).project(alone), alone)
+
+
+def test_what_follows_from_a_metric_is_derived_once():
+    w, metric = problem()
+    first = sweep(UniformGrid(3), w, metric, revisits=0).weight
+    order, answers = metric.derived(("sweep", 1e-3), lambda: pytest.fail("not kept"))
+    assert answers.shape == (20, 20)
+    assert order.tolist() == metric.a.diagonal().argsort(descending=True).tolist()
+    assert torch.equal(sweep(UniformGrid(3), w, metric, revisits=0).weight, first)
+    assert torch.equal(sweep(UniformGrid(3), w, Metric(metric.a, metric.g), revisits=0).weight, first)
+    assert metric.derived("other", lambda: 7) == 7
+
+
+def test_projection_is_taken_where_some_rows_say_that_it_is_better(monkeypatch):
+    w, metric = problem()
+    grid = UniformGrid(3)
+    monkeypatch.setattr(sys.modules[swept.__module__], "_sweep", lambda w, *_: torch.zeros_like(w))
+    assert torch.equal(swept(grid, w, metric), grid.project(w, metric.score((6, 20))))

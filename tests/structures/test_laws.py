@@ -7,7 +7,19 @@ import itertools
 import pytest
 import torch
 
-from eke.structures import NM, Both, LowRank, Rows, Structure, Supported, Sweepable, UniformGrid, Unstructured
+from eke.structures import (
+    NM,
+    Both,
+    LowRank,
+    Rows,
+    Structure,
+    Supported,
+    Sweepable,
+    UniformGrid,
+    Unstructured,
+    grids,
+    low_rank,
+)
 
 SHAPE = (6, 16)
 MEMBERS = [
@@ -216,3 +228,36 @@ def test_only_ratios_of_a_score_count_for_a_rank(scale, dtype):
 
 def test_a_share_is_a_rank_of_the_smaller_side():
     assert [LowRank(0.4).rank_of(shape) for shape in ((6, 16), (16, 6), (1, 9), (100, 50))] == [2, 2, 1, 20]
+
+
+@pytest.mark.parametrize("shape", [(6, 13), (13, 6), (9, 9)])
+def test_ranks_of_large_matrices_are_those_of_the_singular_value_decomposition(shape, monkeypatch):
+    v = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted, factors = LowRank(4).project(v), LowRank(4).factors(v)
+    monkeypatch.setattr(low_rank, "_SMALL", 0)
+    torch.testing.assert_close(LowRank(4).project(v), wanted, rtol=1e-9, atol=1e-12)
+    left, right = LowRank(4).factors(v)
+    torch.testing.assert_close(left @ right, wanted, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip((left.norm(dim=0), right.norm(dim=1)), (factors[0].norm(dim=0), factors[1].norm(dim=1))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("small", [0, 100])
+def test_factors_of_a_matrix_of_less_rank_are_finite(small, monkeypatch):
+    monkeypatch.setattr(low_rank, "_SMALL", small)
+    v = torch.outer(torch.arange(5.0), torch.ones(7)).double()
+    for matrix_ in (v, v.T, torch.zeros(5, 7)):
+        left, right = LowRank(3).factors(matrix_)
+        torch.testing.assert_close(left @ right, matrix_.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("group", [None, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_grid_of_some_rows_at_a_time_is_that_of_all(group, rows, monkeypatch):
+    v = torch.randn(7, 13, generator=torch.Generator().manual_seed(0))
+    score = torch.rand(7, 13, generator=torch.Generator().manual_seed(1))
+    wanted = [UniformGrid(3, group).quantize(v, s) for s in (None, score, score[0])]
+    monkeypatch.setattr(grids, "_CACHED", 13 * rows)
+    for given, s in zip(wanted, (None, score, score[0])):
+        for ours, theirs in zip(UniformGrid(3, group).quantize(v, s), given):
+            assert torch.equal(ours, theirs)

@@ -43,7 +43,12 @@ ANCHORS = 64
 """Most options that are carried out alone."""
 
 PLANS = 10
-"""Random plans that are carried out whole."""
+"""Most random plans that are carried out whole."""
+
+TOTAL = 2.5e12
+"""Multiply-adds of all evaluations from which fewer options and plans are carried out."""
+
+_FEWEST = {"anchors": 12, "plans": 4}
 
 _MOST = math.log(20.0)
 """Largest correction of a prediction, as a logarithm."""
@@ -82,6 +87,12 @@ def affordable(job: Job) -> int:
     """Return on how many samples a loss increase is measured: fewer for larger models, whatever the clock says."""
     macs = cost.flops(job.model, *measure.positional(job.inputs)) / 2 / (measure.batch_size(job.inputs) or 1)
     return max(16, min(SAMPLES, int(WORK / max(macs, 1.0))))
+
+
+def share(job: Job) -> float:
+    """Return which share of what could be carried out and measured is: less for larger models, whatever the clock."""
+    macs = cost.flops(job.model, *measure.positional(job.inputs)) / 2 / (measure.batch_size(job.inputs) or 1)
+    return min(1.0, TOTAL / max(1.0, ANCHORS * affordable(job) * macs))
 
 
 @dataclass(frozen=True)
@@ -296,7 +307,8 @@ def calibrate(
     meter: Meter,
     carry_out: Callable[[Mapping[str, int]], Draft],
     *,
-    plans: int = PLANS,
+    plans: int | None = None,
+    effort: float = 1.0,
     seed: int = 0,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Calibration:
@@ -306,7 +318,8 @@ def calibrate(
         decisions: The candidates, with the losses that the curvature predicts.
         meter: Measures loss increases.
         carry_out: Makes the model of a plan.
-        plans: Whole plans.
+        plans: Whole plans; None for what the effort allows.
+        effort: Share of the options and plans that are carried out, see `share`; some are in any case.
         seed: Of the random plans.
         progress: Called with the share that is done.
 
@@ -314,7 +327,8 @@ def calibrate(
         The calibration.
     """
     anchors: list[Anchor] = []
-    options = anchor_options(decisions)[:ANCHORS]
+    options = anchor_options(decisions)[: _part("anchors", ANCHORS, effort)]
+    plans = _part("plans", PLANS, effort) if plans is None else plans
     for number, (choice, option) in enumerate(options):
         progress(0.7 * number / len(options), f"{choice}, option {option}, alone")
         measured, error = meter(carry_out({choice: option}).finished())
@@ -339,6 +353,10 @@ def calibrate(
             weights.append(1 / (0.15 + (error / pairs[-1][1]) ** 2))
     scale, gamma = power_law(pairs, weights)
     return Calibration(tuple(anchors), level, tuple(pairs), scale, gamma)
+
+
+def _part(what: str, most: int, effort: float) -> int:
+    return most if effort >= 1 else max(_FEWEST[what], round(most * effort))
 
 
 def plan_loss(decisions: Decisions, picks: Mapping[str, int]) -> float:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Curvature
-from ..linalg import Metric
+from ..linalg import WIDE, Metric
 from ..sites import ChannelGroup, Site, Surgery
-from ..solvers import Consumer, greedy_removal, remove_columns, sweep, weighted_low_rank
+from ..solvers import Consumer, greedy_removal, reconstruct, remove_columns, sweep, swept, weighted_low_rank
 from ..structures import NM, Both, LowRank, Structure, Supported, Sweepable, UniformGrid, Unstructured
 
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
@@ -186,18 +186,50 @@ def fitting(structure: Structure, shape: tuple[int, int]) -> Structure | None:
     return structure
 
 
+EFFORT = 1e9
+"""Sum of m n (m + n) over all matrices (m, n) of a model up to which no effort is spared where nothing is learned."""
+
+
 def quick(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
     """Return a good member in one step, the default where recovery follows: a sweep for supports, the closed form for
     ranks, the projection weighted by the metric's diagonal for all else.
+
+    Sweeps of matrices above `WIDE` rows or columns are compared with projection on some rows only.
     """  # noqa: D205
     if isinstance(structure, LowRank):
         return structure.project(weighted_low_rank(structure, weight, metric))
     if isinstance(structure, Supported) and isinstance(structure, Sweepable):
+        if max(weight.shape) > WIDE:
+            return swept(structure, weight, metric).to(torch.promote_types(weight.dtype, torch.float32))
         return sweep(structure, weight, metric, revisits=0).weight
     return structure.project(weight, metric.score((weight.shape[0], weight.shape[1])).to(weight))
 
 
-def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: Site, *, solver: Solver) -> Tensor:
+def default_solver(sites: Sequence[Site], *, learns: bool) -> Solver:
+    """Return the solver that is used unless one is given.
+
+    Args:
+        sites: The model's matrices.
+        learns: Whether recovery follows.
+
+    Returns:
+        A quick one where something is learned afterwards, or where anything else would take hours; else the best.
+    """
+    work = sum(m * n * (m + n) for m, n in (site.shape for site in sites if site.kind != "embedding"))
+    if learns or work > EFFORT:
+        return quick
+    return lambda structure, weight, metric: reconstruct(structure, weight, metric).weight
+
+
+def replaced(
+    structure: Structure,
+    weight: Tensor,
+    curvature: Curvature,
+    site: Site,
+    *,
+    solver: Solver,
+    metric: Metric | None = None,
+) -> Tensor:
     """Return what a solver makes of a site's matrix.
 
     Args:
@@ -206,14 +238,20 @@ def replaced(structure: Structure, weight: Tensor, curvature: Curvature, site: S
         curvature: With factors of the site.
         site: The site, with groups it is only projected.
         solver: Finds the member.
+        metric: That of the site's factors; None makes one.
 
     Returns:
-        (m, n), float64.
+        (m, n).
     """
-    factors = curvature.factors(site.name)
     if site.groups > 1:
-        return structure.project(weight, factors.diagonal.to(weight)).double()
-    return solved(solver, structure, weight, Metric(factors.a[0], factors.g[0]), name=site.name).double()
+        return structure.project(weight, curvature.diagonal(site.name).to(weight))
+    return solved(solver, structure, weight, metric or metric_of(curvature, site), name=site.name)
+
+
+def metric_of(curvature: Curvature, site: Site) -> Metric:
+    """Return the metric of a site without groups."""
+    factors = curvature.factors(site.name)
+    return Metric(factors.a[0], factors.g[0])
 
 
 def solved(solver: Solver, structure: Structure, weight: Tensor, metric: Metric, *, name: str) -> Tensor:
@@ -369,10 +407,13 @@ def form_candidates(
         if site.name not in curvature.names:
             continue
         matrix = site.read(model)
+        # One metric for all structures: what solvers derive from it is derived once.
+        metric = metric_of(curvature, site) if site.groups == 1 else None
         fit = offered(site, structures, factorable)
         parts = [(0.0, 0.0)]
         for structure in fit:
-            change = replaced(structure, matrix, curvature, site, solver=solver) - matrix.double()
+            member = replaced(structure, matrix, curvature, site, solver=solver, metric=metric)
+            change = member.double() - matrix.double()
             parts.append(predicted(curvature, {site.name: change}))
         proposed.append(Forms(site, (None, *fit), tuple(q + r for q, r in parts), tuple(r for _, r in parts)))
     return proposed

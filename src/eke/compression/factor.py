@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..sites import Site, find
-from ..structures import LowRank
 from .task import evaluating
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -106,8 +105,10 @@ def _stands_in(
     trial = copy.deepcopy(model).eval()
     try:
         for site in sites:
-            rank = min(site.shape)
-            left, right = LowRank(rank).factors(site.read(trial))
+            # Of full rank the identity is a factor.
+            rank, matrix = min(site.shape), site.read(trial)
+            left, right = torch.eye(rank), torch.eye(rank)
+            left, right = (matrix, right) if rank == site.shape[1] else (left, matrix)
             factor_(trial, site, rank)
             fill_(trial, site.name, left, right)
         with torch.no_grad():

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .. import cost
 from .._types import Counts, Evaluate, Quality, Samples
 from ..report import Drop, Measured, Score
 from ..structures import Structure
+from . import pace
 from .apply import Layout, blueprint, shaped
 from .artifact import FORMAT, pack
 from .candidates import Decisions
@@ -28,6 +30,7 @@ from .task import evaluating
 from .timing import Timing, fit_timing
 
 _ANCHORS = 4
+_FEWEST_DESIGNS = 12
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """Positional or keyword arguments of a model."""
@@ -253,6 +256,34 @@ def as_measured(label: str, resources: Mapping[str, float], score: Quality | Non
     )
 
 
+def few(model: nn.Module, inputs: Inputs, *, samples: int = 2) -> Inputs:
+    """Return the first samples of inputs, for questions about a model's structure, where the model runs on them.
+
+    Args:
+        model: The model.
+        inputs: Example inputs.
+        samples: Most samples.
+
+    Returns:
+        Inputs like the given ones; these themselves if they are as few or the model needs them all.
+    """
+    count = batch_size(inputs)
+    if count is None or count <= samples:
+        return inputs
+
+    def cut(value: Any) -> Any:
+        of_all = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count
+        return value[:samples] if of_all else value
+
+    less: Inputs = pytree.tree_map(cut, inputs)
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, less)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return inputs
+    return less
+
+
 def lossless(
     model: nn.Module, inputs: Inputs, *, seconds: float = 2.0, threads: int | None = None
 ) -> tuple[list[Pair], str, dict[str, float]]:
@@ -267,10 +298,11 @@ def lossless(
     Returns:
         Pairs to fold, the memory format, and the measured seconds of each variant ("original" is the model itself).
     """
+    less = few(model, inputs)
 
     def quietly(net: nn.Module) -> Any:
         with torch.no_grad():
-            return call(net, inputs)
+            return call(net, less)
 
     pairs = foldable(model, quietly)
     nets = {"original": model}
@@ -283,9 +315,9 @@ def lossless(
                 fold_batchnorm_(net, pairs)
             set_memory_format_(net, name)
             nets[f"{'folded, ' if fold else ''}{name}"] = net
-    measured = cost.interleave(
-        {name: runner(net, inputs) for name, net in nets.items()}, seconds=seconds, threads=threads
-    )
+    runs = {name: runner(net, inputs) for name, net in nets.items()}
+    expected = pace.once(runs["original"], threads=threads)
+    measured = pace.interleaved(runs, expected=expected, usual=8, budget=seconds, threads=threads)
     times = {name: latency.lower_quartile for name, latency in measured.items()}
     # What can be folded is folded: it saves bytes and work for certain, whatever the clock says; and so the stored
     # weights do not depend on the noise of a measurement. A tie within noise goes to the plain format.
@@ -325,21 +357,25 @@ def timing(
     counter = Counter.of(decisions)
     count = 2 + 2 * max((len(w.kept) for w in decisions.widths), default=2)
     count += 8 if any(form.ranks for form in decisions.forms) else 0
+    # A slow net's clocks need no repetition, and fewer nets must do: some ten times the budget is spent on it.
+    slow = original > 0.02 * seconds
+    if slow:
+        count = max(_FEWEST_DESIGNS, min(count, int(8 * seconds / (3 * 0.6 * original))))
     chosen = designs(decisions, count=count, seed=seed)
     arguments = positional(inputs)
-    nets = [shaped(model, blueprint(decisions, picks, layout)) for picks in chosen[:_ANCHORS]]
     # Each against the original alone, as plans are measured later: how fast a large net runs depends on what runs
     # between its turns (memory that was given back must be taken anew).
-    share = 0.4 * seconds / len(nets)
-    pairs = [
-        cost.compare_latency(runner(model, inputs), runner(net, inputs), seconds=share, threads=threads, seed=seed)
+    nets = (shaped(model, blueprint(decisions, picks, layout)) for picks in chosen[:_ANCHORS])
+    run, share = runner(model, inputs), 0.4 * seconds / _ANCHORS
+    ratios = [
+        pace.speedup(run, runner(net, inputs), expected=original, budget=share, threads=threads, seed=seed)
         for net in nets
     ]
-    whole = [original / pair.ratio for pair in pairs]
+    whole = [original / ratio for ratio in ratios]
     times = []
     for picks in chosen:
-        net = shaped(model, blueprint(decisions, picks, layout))
-        times.append(cost.module_times(net, *arguments, seconds=0.6 * seconds / len(chosen), threads=threads))
+        net, share = shaped(model, blueprint(decisions, picks, layout)), 0.6 * seconds / len(chosen)
+        times.append(cost.module_times(net, *arguments, seconds=share, threads=threads, fewest_pairs=1 if slow else 3))
     dimensions = shapes(model, decisions.widths)
     return fit_timing(chosen, times, dimensions=dimensions, counter=counter, whole=whole)
 

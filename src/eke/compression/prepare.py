@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import cost
 from .._types import Batch, Evaluate, Loss, Quality
-from ..solvers import reconstruct
+from ..sites import find
 from ..structures import Structure
-from . import measure
+from . import measure, pace
 from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
 from .budget import Budget
-from .candidates import STRUCTURES, Solver, quick
+from .candidates import STRUCTURES, Solver, default_solver
 from .checkpoint import Run
 from .checks import check_batched, check_batches, check_task, shared_splits
 from .job import Job, Progress
@@ -113,7 +112,7 @@ def prepare(
         inputs=_inputs(example, first, task.forward, probe),
         forward=task.forward,
         structures=structures,
-        solver=checked_solver(solver) if solver else _default_solver(recovery),
+        solver=checked_solver(solver) if solver else default_solver(find(bare, skip=skip), learns=recovery.steps > 0),
         recovery=recovery,
         skip=skip,
         seed=seed,
@@ -195,9 +194,9 @@ def _work_threads(job: Job, run: Run) -> int:
     if known is None:
         known = 1
         if job.threads > 1:
-            work = measure.runner(job.model, job.inputs)
             with evaluating(job.model):
-                times = {n: cost.latency(work, threads=n, seconds=0.1 * job.seconds).median for n in (1, job.threads)}
+                work, budget = measure.runner(job.model, job.inputs), 0.1 * job.seconds
+                times = {n: pace.once(work, budget=budget, threads=n) for n in (1, job.threads)}
             known = min(times, key=lambda n: times[n])
         run.put("threads", known)
     return int(known)
@@ -212,13 +211,6 @@ def _as_task(batches: Iterable[Batch] | Task, *, loss: Loss | None, forward: For
             "eke.compression.cross_entropy."
         )
     return Task(batches, (), (), loss=loss, forward=forward or default_forward)
-
-
-def _default_solver(recovery: Recovery) -> Solver:
-    """Return the solver that is used unless one is given: no effort is spared where nothing is learned afterwards."""
-    if recovery.steps:
-        return quick
-    return lambda structure, weight, metric: reconstruct(structure, weight, metric).weight
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:

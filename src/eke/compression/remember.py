@@ -30,11 +30,12 @@ class Remembering:
 
     def __init__(self, solver: Solver, *, entries: int = ENTRIES) -> None:
         self._solver, self._entries, self._held = solver, entries, 0
-        self._known: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bytes, bytes], Tensor] = OrderedDict()
 
     def __call__(self, structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
         """Return the solver's member, found now or before."""
-        key = (repr(structure), _digest(weight, metric.a, metric.g))
+        known = metric.derived("digest", lambda: _digest_of_moments(metric.a, metric.g))
+        key = (repr(structure), _digest(weight), known)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key].clone()
@@ -47,12 +48,17 @@ class Remembering:
         return found
 
 
-def _digest(weight: Tensor, a: Tensor, g: Tensor | None) -> bytes:
-    """Return a digest of a matrix, and of the sums that tell metrics of one matrix apart."""
+def _digest(weight: Tensor) -> bytes:
+    """Return a digest of a matrix."""
+    numbers = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(numbers.data, digest_size=16).digest()
+
+
+def _digest_of_moments(a: Tensor, g: Tensor | None) -> bytes:
+    """Return a digest of the sums that tell metrics of one matrix apart."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for moment in (a, g):
         if moment is not None:
-            sums = torch.cat([moment.double().sum(-1).flatten(), moment.double().diagonal(dim1=-2, dim2=-1).flatten()])
-            digest.update(sums.cpu().numpy().tobytes())
+            sums = moment.sum(-1, dtype=torch.float64), moment.diagonal(dim1=-2, dim2=-1).double()
+            digest.update(torch.cat([part.flatten() for part in sums]).cpu().numpy().tobytes())
     return digest.digest()

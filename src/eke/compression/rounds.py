@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import cost
 from ..report import Round
-from . import apply, measure, tables
+from . import apply, measure, pace, tables
 from .budget import RESOURCES, Budget, show
-from .calibrate import Meter
+from .calibrate import Meter, share
 from .checkpoint import Run
 from .job import Job
 from .plan import InfeasibleError, Plan, Term, choose, choose_nested, total
@@ -25,7 +24,7 @@ from .space import Space
 from .task import evaluating
 
 ALTERNATIVES = 4
-"""Plans for perturbed predictions that are carried out beside the planned one."""
+"""Most plans for perturbed predictions that are carried out beside the planned one; one at least is."""
 
 ROUNDS = 3
 """Most rounds of planning."""
@@ -118,8 +117,9 @@ def _searched(
     decisions = tables.choices(space.decisions)
     wanted = {name: limit * _MARGIN.get(name, 1.0) for name, limit in limits.items()}
     found = [(meter(space.draft(plan.picks).finished())[0], plan)]
-    for number in range(ALTERNATIVES):
-        job.progress("plan", 1.0, f"alternative {number + 1} of {ALTERNATIVES}")
+    count = max(1, round(ALTERNATIVES * share(job)))
+    for number in range(count):
+        job.progress("plan", 1.0, f"alternative {number + 1} of {count}")
         noisy = [
             Term(t.over, t.resource, t.table * generator.lognormal(0.0, 1.0, t.table.shape))
             if t.resource == "loss"
@@ -246,10 +246,8 @@ def _plan_costs(job: Job, space: Space, plan: Plan) -> dict[str, float]:
     after["size"] = float(measure.packed_bytes(net, form.structures))
     if not job.timed:
         return after
-    original, net_run = measure.runner(job.model, job.inputs), measure.runner(net, job.inputs)
+    runs, expected = (measure.runner(each, job.inputs) for each in (job.model, net)), space.before["latency"]
     with evaluating(job.model):
-        compared = cost.compare_latency(
-            original, net_run, threads=job.threads, seconds=0.7 * job.seconds, seed=job.seed
-        )
-    after["latency"] = space.before["latency"] / compared.ratio
+        ratio = pace.speedup(*runs, expected=expected, budget=0.7 * job.seconds, threads=job.threads, seed=job.seed)
+    after["latency"] = expected / ratio
     return after

@@ -19,7 +19,7 @@ from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
 from .blocks import block_candidates, removable
-from .calibrate import Calibration, Meter, calibrate, plan_loss
+from .calibrate import Calibration, Meter, calibrate, plan_loss, share
 from .candidates import Decisions, Solver
 from .checkpoint import Run
 from .embeddings import embedding_candidates, embedding_sites
@@ -116,11 +116,7 @@ def explore(job: Job, run: Run) -> Space:
         if path is not None:
             curvature.save(path)
     job.progress("candidates", 0.0, "channel groups: proving every cut")
-    groups: list[ChannelGroup] = channel_groups(
-        job.model,
-        measure.positional(job.inputs) if not isinstance(job.inputs, dict) else job.inputs,
-        ignore=_modules(job),
-    )
+    groups: list[ChannelGroup] = channel_groups(job.model, measure.few(job.model, job.inputs), ignore=_modules(job))
     found = run.get("candidates")
     if found is None:
         decisions = _proposed(job, groups, sites, curvature)
@@ -133,8 +129,10 @@ def explore(job: Job, run: Run) -> Space:
 
 
 def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], curvature: Curvature) -> Decisions:
+    less = measure.few(job.model, job.inputs)
+
     def call(model: nn.Module) -> Any:
-        return measure.runner(model, job.inputs)()
+        return measure.runner(model, less)()
 
     widths = candidates.channel_candidates(job.model, groups, sites, curvature)
     job.progress("candidates", 0.4, f"{len(job.structures)} structures at {len(curvature.names)} matrices")
@@ -236,6 +234,7 @@ def _calibrated(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
             decisions,
             Meter(job),
             draft,
+            effort=share(job),
             seed=job.seed,
             progress=lambda share, text: job.progress("calibration", share, text),
         )

@@ -29,6 +29,7 @@ def module_times(
     *inputs: Any,
     seconds: float = 2.0,
     threads: int | None = None,
+    fewest_pairs: int = 3,
     clock: Clock = time.perf_counter_ns,
 ) -> dict[str, float]:
     """Measure the modules that call no other module, in place.
@@ -36,8 +37,9 @@ def module_times(
     Args:
         model: Module in eval mode, on the CPU, not compiled. It gets hooks while measured; all are removed.
         *inputs: Inputs of `forward`, or one mapping of its keyword inputs.
-        seconds: Budget; at least three pairs of passes are made.
+        seconds: Budget of the measurement.
         threads: Torch threads while measuring, restored after; `None` keeps their number.
+        fewest_pairs: Pairs of passes that are made whatever they take.
         clock: Nanoseconds; for tests.
 
     Returns:
@@ -45,7 +47,7 @@ def module_times(
         "" the rest of the pass. They sum to the median pass, unless the modules alone exceed it: then "" is 0.
 
     Raises:
-        ValueError: if the model is in train mode or compiled, or the budget is not positive.
+        ValueError: if the model is in train mode or compiled, or budget or pairs are not positive.
     """
     if model.training:
         raise ValueError(
@@ -56,13 +58,15 @@ def module_times(
         raise ValueError(f"{type(model).__name__} is compiled and has no modules at run time; pass model._orig_mod.")
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds must be a positive number, got {seconds!r}.")
+    if fewest_pairs < 1:
+        raise ValueError(f"module_times needs at least one pair of passes, got fewest_pairs={fewest_pairs!r}.")
     keep_memory()
     with torch.no_grad(), pinned_threads(threads):
         start = clock()
         leaves = _innermost(model, inputs)
         plain: list[float] = []
         inside: dict[str, list[float]] = {name: [] for name in leaves}
-        while len(plain) < 3 or clock() - start < seconds * 1e9:
+        while len(plain) < fewest_pairs or clock() - start < seconds * 1e9:
             begun = clock()
             call(model, inputs)
             plain.append((clock() - begun) / 1e9)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .basis import Basis
 from .curvature import Curvature
-from .factors import Basis, Factors
+from .factors import Factors
 from .recorder import Call, Recorder
 from .sampled import sampled_loss
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from .._errors import suggest
 from .._types import Batch, Loss
 from ..sites import Site, open_
-from .factors import Basis, Factors, output_quadratic
+from .basis import Basis
+from .factors import Factors, output_quadratic
 from .recorder import Recorder
 from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
 
@@ -116,20 +117,27 @@ class Curvature:
                 seen += samples
                 if max_samples is not None and seen >= max_samples:
                     break
-            factors = {total.site.name: total.factors() for total in totals}
-            known = {name: value for name, value in factors.items() if value is not None}
+            # Sums become factors one by one: both of all sites at once would be the peak of a run.
+            totals.reverse()
+            known: dict[str, Factors] = {}
+            while totals:
+                value = totals[-1].factors()
+                if value is not None:
+                    known[totals[-1].site.name] = value
+                totals.pop()
             moments = [MomentTotals(site, known[site.name]) for site in sites if site.name in known and again]
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)
                 for moment in moments:
                     moment.add(calls.get(moment.site.boundary, []), samples, number)
+                calls = {}
             known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(
                 "Curvature.estimate got 0 batches; an iterator that was read before is empty: pass a list or a loader."
             )
         outer = {border.name: (border.moment(), border.channel_dim) for border in borders}
-        unused = [name for name, value in factors.items() if value is None]
+        unused = [site.name for site in sites if site.name not in known]
         unused += [name for name, (moment_there, _) in outer.items() if moment_there is None]
         if unused:
             warnings.warn(f"The loss does not use {unused}: no curvature there.", stacklevel=2)

@@ -30,6 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import WIDE
+from .basis import Basis, directions
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -83,12 +86,14 @@ class Factors:
             delta: (m, n).
 
         Returns:
-            The prediction in units of the loss, >= 0 up to rounding; computed in float64.
+            The prediction in units of the loss, >= 0 up to rounding; computed in float64 (float32 for wide matrices).
         """
-        blocks = self._blocks(delta).double()
+        blocks = self._blocks(delta)
         if self.basis is not None:
-            return 0.5 * float((self.basis.rotate(blocks).square_() * self.basis.moments).sum())
-        return 0.5 * float((self.g.double() @ blocks @ self.a.double()).mul_(blocks).sum())
+            return 0.5 * float((self.basis.energies(blocks) * self.basis.moments).sum())
+        dtype = torch.float32 if max(self.shape) > WIDE else torch.float64
+        weighted = self.g.to(dtype) @ blocks.to(dtype) @ self.a.to(dtype)
+        return 0.5 * float((weighted.double() * blocks).sum())
 
     def linear(self, delta: Tensor) -> float:
         """Return the first-order change of the loss, <gradient, D>, of a change D (m, n); 0 if it was not measured."""
@@ -99,8 +104,7 @@ class Factors:
     def diagonal(self) -> Tensor:
         """(m, n): curvature of each entry on its own."""
         if self.basis is not None:
-            squares = self.basis.g_vectors.square() @ self.basis.moments @ self.basis.a_vectors.square().mT
-            return squares.reshape(self.shape).to(self.a.dtype)
+            return self.basis.diagonal().reshape(self.shape).to(self.a.dtype)
         outer = self.g.diagonal(dim1=1, dim2=2)[:, :, None] * self.a.diagonal(dim1=1, dim2=2)[:, None, :]
         return outer.reshape(self.shape)
 
@@ -114,16 +118,13 @@ class Factors:
         return full.view(groups * rows, groups * rows)
 
     def eigenbasis(self) -> Basis:
-        """Return the corrected eigenbasis, or that of the factors themselves, by `eigh` in float64."""
+        """Return the corrected eigenbasis, or that of the factors themselves: by `eigh` in float64, or the leading part
+        of a wide factor by subspace iteration in float32.
+        """  # noqa: D205
         if self.basis is not None:
             return self.basis
-        g_values, g_vectors = torch.linalg.eigh(self.g.double())
-        a_values, a_vectors = torch.linalg.eigh(self.a.double())
-        return Basis(
-            g_vectors.contiguous(),
-            a_vectors.contiguous(),
-            g_values.clamp_min_(0)[:, :, None] * a_values.clamp_min_(0)[:, None, :],
-        )
+        (g_values, g_vectors), (a_values, a_vectors) = directions(self.g), directions(self.a)
+        return Basis(g_vectors, a_vectors, g_values[:, :, None] * a_values[:, None, :])
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """Return the matrix as (groups, m / groups, n).
@@ -134,43 +135,6 @@ class Factors:
         if tuple(matrix.shape) != self.shape:
             raise ValueError(f"The site's matrix is {self.shape}, got a change or gradient of {tuple(matrix.shape)}.")
         return matrix.reshape(self.g.shape[0], self.g.shape[1], self.a.shape[1])
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Orthogonal bases of output and input space, and the curvature along each pair of their columns.
-
-    Args:
-        g_vectors: (groups, m / groups, m / groups), float64.
-        a_vectors: (groups, n, n), float64.
-        moments: (groups, m / groups, n), curvature along g_vectors[:, :, i] a_vectors[:, :, j]^T.
-    """
-
-    g_vectors: Tensor
-    a_vectors: Tensor
-    moments: Tensor
-
-    def rotate(self, blocks: Tensor) -> Tensor:
-        """Return U_G^T D U_A of (..., groups, m / groups, n), in the dtype of the blocks."""
-        return self.g_vectors.mT.to(blocks.dtype) @ blocks @ self.a_vectors.to(blocks.dtype)
-
-    def solve(self, gradient: Tensor, damping: float) -> Tensor:
-        """Return (curvature + damping I)^-1 applied to a gradient.
-
-        Args:
-            gradient: (m, n).
-            damping: Positive, in units of the curvature.
-
-        Returns:
-            (m, n) in the dtype of the gradient.
-
-        Raises:
-            ValueError: if damping is not positive.
-        """
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping}.")
-        rotated = self.rotate(gradient.reshape(self.moments.shape).double()) / (self.moments + damping)
-        return (self.g_vectors @ rotated @ self.a_vectors.mT).reshape(gradient.shape).to(gradient.dtype)
 
 
 def output_quadratic(g: Tensor, change: Tensor, channel_dim: int) -> float:

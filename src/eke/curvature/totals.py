@@ -1,4 +1,4 @@
-"""Running totals of a site's second moments over batches: float32 products, float64 sums."""
+"""Running totals of a site's second moments over batches: float32 products, float64 sums (float32 for wide sites)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..sites import Site
-from .factors import Basis, Factors
+from ..linalg import WIDE
+from ..sites import Geometry, Site
+from .basis import Basis, gathered
+from .factors import Factors
 from .recorder import Call
 from .rows import input_columns, lattice
 
 _CHUNK = 1 << 24
 """Entries of patches held at once: 64 MB in float32."""
+_FEW = 1 << 18
+"""Entries of a matrix from which memory and work decide how its gradients are summed."""
 
 
 @dataclass
@@ -32,8 +36,8 @@ class SiteTotals:
 
     def __post_init__(self) -> None:
         groups, (rows, n) = self.site.groups, self.site.shape
-        self._aa = torch.zeros(groups, n, n, dtype=torch.float64)
-        self._gg = torch.zeros(groups, rows // groups, rows // groups, dtype=torch.float64)
+        self._aa = _nothing(groups, n)
+        self._gg = _nothing(groups, rows // groups)
         self._a = torch.zeros(groups, n, dtype=torch.float64)
         self._samples = 0
         self._rows = 0
@@ -44,8 +48,10 @@ class SiteTotals:
 
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
         """Add the gradient (m, n) of a batch's mean loss."""
-        weighted = gradient.double() * samples
-        self._gradient = weighted if self._gradient is None else self._gradient + weighted
+        if self._gradient is None:
+            dtype = torch.float64 if gradient.numel() <= _FEW else torch.promote_types(gradient.dtype, torch.float32)
+            self._gradient = torch.zeros_like(gradient, dtype=dtype)
+        self._gradient.add_(gradient, alpha=samples)
 
     def add(self, calls: list[Call], samples: int, batch: int) -> None:
         """Add the calls of one batch of so many samples; data that are not finite, or too large to be squared, raise
@@ -61,7 +67,7 @@ class SiteTotals:
             _finite(self.site.name, "output gradients", gradients, batch)
             split = (*gradients.shape[:2], self.site.groups, -1)
             columns = gradients.reshape(split).permute(2, 3, 0, 1).flatten(2)
-            self._gg += columns @ columns.mT
+            _add_product(self._gg, columns, 1.0)
             self._rows += active.numel()
             self._active += float(active.sum())
             squares = _diagonal(self._gg) / max(1.0, self._active)
@@ -90,7 +96,7 @@ class SiteTotals:
             weight = kept[part].reshape(-1)
             if not bool(weight.all()):
                 columns = columns * weight
-            self._aa.add_(columns @ columns.mT, alpha=scale)
+            _add_product(self._aa, columns, scale)
             self._a.add_(columns.sum(-1, dtype=torch.float64), alpha=scale)
 
     def factors(self) -> Factors | None:
@@ -130,6 +136,9 @@ class MomentTotals:
     The level comes from all samples and the pattern from the ones seen here: moments are multiplied by the ratio of the
     two traces of A x G, which takes out what a small subset says about the size of inputs and gradients.
 
+    A gradient sum_l g_l a_l^T is formed and rotated, or its rotation is formed from rotated rows, whichever is less
+    work; the latter always where a basis is only a part, whose rest follows from the rows' inner products.
+
     Args:
         site: The site.
         factors: Its uncorrected factors.
@@ -158,38 +167,75 @@ class MomentTotals:
                 return
             x = _computable(call.x).reshape(samples, -1, call.x.shape[-1]) if self.site.geometry is None else call.x
             prepared.append((x, gradients.reshape(samples, -1, gradients.shape[-1])))
-        width = max((g.shape[1] for _, g in prepared), default=1) * self.site.groups * self.site.shape[1]
-        step = max(1, min(_CHUNK // max(1, width), _CHUNK // self._sum.numel()))
+        if not prepared:
+            return
+        locations, width = max(g.shape[1] for _, g in prepared), self.site.groups * self.site.shape[1]
+        from_rows = self._from_rows(sum(g.shape[1] for _, g in prepared))
+        held = max(locations * width, self._sum.numel(), locations**2 * self.site.groups if from_rows else 0)
+        step = max(1, _CHUNK // max(1, held))
         for start in range(0, samples, step):
-            parts = [self._gradients(x[start : start + step], g[start : start + step]) for x, g in prepared]
-            if parts:
-                gradients = torch.stack(parts).sum(0)
+            parts = [self._rows(x[start : start + step], g[start : start + step]) for x, g in prepared]
+            if from_rows:
+                # Calls add up before squaring, as more locations do.
+                g, x = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
+                self._sum += _rotated_squares(g, x, self._basis)
+            else:
+                gradients = torch.stack([g.mT @ x for g, x in parts]).sum(0)
                 self._sum += self._basis.rotate(gradients).square_().sum(0)
-                _bounded(self.site.name, "weight gradients", gradients, batch, squares=self._sum / self._samples)
+            squares = self._sum / self._samples
+            _bounded(self.site.name, "weight gradients", prepared[0][1], batch, squares=squares)
 
-    def _gradients(self, x: Tensor, g: Tensor) -> Tensor:
-        """Return per-sample gradients (samples, groups, m / groups, n) of one call."""
+    def _from_rows(self, locations: int) -> bool:
+        """Return whether rows are rotated, not gradients."""
+        if any(self._basis.rest):
+            return True
+        (m, n), groups = self.site.shape, self.site.groups
+        m //= groups
+        return groups * m * n > _FEW and locations * (m * m + n * n) < m * n * (m + n)
+
+    def _rows(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return output gradients (samples, groups, locations, m / groups) and inputs (..., n) of one call."""
         rows = self.site.inputs_to_rows(_computable(x))  # (samples, locations, groups, n)
         active = (g != 0).any(-1)
         self._active += float(active.sum())
-        self._aa += float((rows.double().square().sum((2, 3)) * active).sum())
-        self._gg += float(g.double().square().sum())
+        self._aa += float((rows.square().sum((2, 3), dtype=torch.float64) * active).sum())
+        self._gg += float(g.square().sum(dtype=torch.float64))
         split = g.reshape(*g.shape[:2], self.site.groups, -1)
-        return split.permute(0, 2, 3, 1) @ rows.permute(0, 2, 1, 3)
+        return split.transpose(1, 2), rows.transpose(1, 2)
 
     def corrected(self) -> Factors:
         """Return the factors with corrected eigenvalues and G scaled to the corrected trace."""
         factors = self.factors
         if not self._usable or not self._active or not float(self._sum.sum()):
             return factors
-        a_trace = factors.a.double().diagonal(dim1=1, dim2=2).sum(1)
-        g_trace = factors.g.double().diagonal(dim1=1, dim2=2).sum(1)
+        a_trace, g_trace = (_diagonal(moment).double().sum(1) for moment in (factors.a, factors.g))
         everywhere = float(a_trace.sum() * g_trace.sum())
         here = self._aa / self._samples * self._gg / self._active
         moments = self._sum / self._samples * (everywhere / here)
         coherence = float(moments.sum() / (a_trace * g_trace).sum())
-        basis = Basis(self._basis.g_vectors, self._basis.a_vectors, moments)
+        basis = replace(self._basis, moments=moments / self._basis.sizes)
         return replace(factors, g=factors.g * coherence, coherence=coherence, basis=basis)
+
+
+def _rotated_squares(g: Tensor, x: Tensor, basis: Basis) -> Tensor:
+    """Return the squares of samples' gradients along all pairs of directions, summed over samples, as float64.
+
+    Args:
+        g: Output gradients (samples, groups, locations, m / groups).
+        x: Inputs (samples, groups, locations, n).
+        basis: The directions.
+    """
+    turned_g, turned_x = g @ basis.g_vectors.to(g.dtype), x @ basis.a_vectors.to(x.dtype)
+    inside = (turned_g.mT @ turned_x).square_()
+    rows, columns, total = inside.sum(-1), inside.sum(-2), inside.sum((-1, -2))
+    if any(basis.rest):
+        # |sum_l u_l a_l|^2 = sum_kl u_k u_l <a_k, a_l>, for any numbers u_l.
+        among_x, among_g = x @ x.mT, g @ g.mT
+        rows = (turned_g * (among_x @ turned_g)).sum(-2)
+        columns = (turned_x * (among_g @ turned_x)).sum(-2)
+        total = (among_x * among_g).sum((-1, -2))
+    sums = [part.sum(0, dtype=torch.float64) for part in (inside, rows, columns, total)]
+    return gathered(sums[0], sums[1], sums[2], sums[3], basis.rest)
 
 
 @dataclass
@@ -227,7 +273,7 @@ class BoundaryTotals:
 
 
 def weight_gradient(site: Site, model: nn.Module, call: Call) -> Tensor:
-    """Return the gradient (m, n) of the mean loss that one call contributes, by running the site's module once more.
+    """Return the gradient (m, n) of the mean loss that one call contributes.
 
     Args:
         site: The site.
@@ -237,19 +283,49 @@ def weight_gradient(site: Site, model: nn.Module, call: Call) -> Tensor:
     Returns:
         The gradient of the site's matrix.
     """
+    if site.geometry is None:
+        x, g = site.inputs_to_rows(call.x).flatten(0, 2), site.output_to_rows(call.gradient).flatten(0, 1)
+        return g.mT @ x
     module = model.get_submodule(site.boundary)
     parameter = site.tensor(model) if site.hookable else module.get_parameter("weight")
-    parameter.requires_grad_(True)
-    try:
-        # Not module(x): hooks recorded this call already.
-        (gradient,) = torch.autograd.grad(module.forward(call.x), parameter, call.gradient)
-    finally:
-        parameter.requires_grad_(False)
+    gradient = _kernel_gradient(site.geometry, parameter, call)
+    if gradient is None:
+        parameter.requires_grad_(True)
+        try:
+            # Not module(x): hooks recorded this call already.
+            (gradient,) = torch.autograd.grad(module.forward(call.x), parameter, call.gradient)
+        finally:
+            parameter.requires_grad_(False)
     if site.kind == "conv_transpose":
         gradient = gradient.reshape(site.groups, -1, *gradient.shape[1:]).transpose(1, 2)
-    elif site.transposed:
-        gradient = gradient.t()
     return gradient.reshape(site.shape)
+
+
+def _kernel_gradient(geometry: Geometry, kernel: Tensor, call: Call) -> Tensor | None:
+    """Return the gradient of an ordinary convolution's kernel without running it again, None for another one."""
+    x, g = call.x, call.gradient
+    plain = geometry.padding_mode == "zeros" and all(before == after for before, after in geometry.padding)
+    if geometry.transposed or not plain or x.dim() != len(geometry.kernel) + 2:
+        return None
+    padding = [before for before, _ in geometry.padding]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        g, x, kernel, None, list(geometry.stride), padding, list(geometry.dilation), False, [0] * len(padding),
+        geometry.groups, [False, True, False],
+    )[1]  # fmt: skip
+    return found
+
+
+def _nothing(groups: int, size: int) -> Tensor:
+    """Return zeros (groups, size, size): float64, or float32 where that would take too much memory."""
+    return torch.zeros(groups, size, size, dtype=torch.float32 if size > WIDE else torch.float64)
+
+
+def _add_product(sums: Tensor, columns: Tensor, scale: float) -> None:
+    """Add scale * columns columns^T (groups, n, n) in place."""
+    if sums.dtype == columns.dtype:
+        sums.baddbmm_(columns, columns.mT, alpha=scale)
+    else:
+        sums.add_(columns @ columns.mT, alpha=scale)
 
 
 def _computable(tensor: Tensor) -> Tensor:

@@ -3,15 +3,23 @@
     loss(D) = 1/2 tr(D^T G D A),   D (m, n) the change, A (n, n) of the inputs, G (m, m) of the output gradients
 
 A alone (G = I) measures the mean squared change of the output; both together predict the loss. Rows are coupled by G
-only, columns by A only. Cost: O(m n (m + n)).
+only, columns by A only. Cost: O(m n (m + n)). Solvers that are asked for several structures in one metric share what
+they derive from it (`derived`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
+
+WIDE = 1280
+"""Rows or columns from which a method may be replaced by one that scales better; its docstring says by which."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,24 @@ class Metric:
 
     a: Tensor
     g: Tensor | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, factor in (("a", self.a), ("g", self.g)):
             if factor is not None:
                 _check_factor(name, factor)
+
+    def derived(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """Return what follows from the factors alone, computed once and kept as long as the metric is.
+
+        Args:
+            key: Names what it is, with all that it depends on besides the factors.
+            compute: Computes it.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        found: _T = self._derived[key]
+        return found
 
     def loss(self, delta: Tensor) -> float:
         """Return 1/2 tr(D^T G D A), computed in float64.
@@ -124,15 +145,18 @@ def cholesky(matrix: Tensor, *, what: str = "The second moment of the inputs") -
     return factor
 
 
-def damped_cholesky(matrix: Tensor, damping: float, *, what: str = "The second moment of the inputs") -> Tensor:
+def damped_cholesky(
+    matrix: Tensor, damping: float, *, most: float = 1e-2, what: str = "The second moment of the inputs"
+) -> Tensor:
     """Return the lower Cholesky factor of a damped second moment.
 
     Rounding leaves a moment of few samples, or one in float32, slightly indefinite. So a positive damping that is not
-    enough is raised tenfold until it is, up to about 1e-2; what is still not positive definite is no second moment.
+    enough is raised tenfold until it is, up to about `most`; what is still not positive definite is no second moment.
 
     Args:
         matrix: (n, n), symmetric.
         damping: Relative to the mean of the diagonal; 0 is not raised.
+        most: Largest damping that is tried, within a factor of 2.
         what: Named in the message.
 
     Returns:
@@ -141,7 +165,10 @@ def damped_cholesky(matrix: Tensor, damping: float, *, what: str = "The second m
     Raises:
         ValueError: if damping is negative or no damping that is tried suffices.
     """  # noqa: DOC502
-    while 0 < damping < 5e-3 and int(torch.linalg.cholesky_ex(damped(matrix, damping)).info):
+    while 0 < damping < 0.5 * most:
+        factor, info = torch.linalg.cholesky_ex(damped(matrix, damping))
+        if not int(info):
+            return Tensor(factor)
         damping *= 10
     return cholesky(damped(matrix, damping), what=what)
 

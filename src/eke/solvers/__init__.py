@@ -9,7 +9,7 @@ from .refit import refit
 from .removal import Consumer, Removal, RemovalOrder, greedy_removal, removal_scores, remove_columns
 from .revisit import revisit
 from .solution import Solution
-from .sweep import sweep
+from .sweep import sweep, swept
 
 __all__ = [
     "Consumer",
@@ -24,5 +24,6 @@ __all__ = [
     "remove_columns",
     "revisit",
     "sweep",
+    "swept",
     "weighted_low_rank",
 ]

@@ -3,7 +3,7 @@
 With G = L L^T and A = R R^T, tr(D^T G D A) = |L^T D R|_F^2: whiten, truncate (Eckart & Young), and go back.
 Factors are damped before their Cholesky factorisation, so a singular metric has a solution too; where rounding asks
 for more damping than is given, it gets more.
-Cost: one SVD and two Cholesky factorisations, O(m n min(m, n) + m^3 + n^3), float64.
+Cost: one SVD, and two Cholesky factorisations once a metric, O(m n min(m, n) + m^3 + n^3), float64.
 Source: Srebro & Jaakkola, "Weighted low-rank approximations", 2003 (the case of separable weights).
 """
 
@@ -32,10 +32,11 @@ def weighted_low_rank(structure: LowRank, weight: Tensor, metric: Metric, *, dam
     structure.check((weight.shape[0], weight.shape[1]))
     metric.check(tuple(weight.shape))
     whitened = finite(weight, what="weighted_low_rank")
-    right, left = damped_cholesky(metric.a, damping), None
+    right, left = metric.derived(("a", damping), lambda: damped_cholesky(metric.a, damping)), None
     whitened = whitened @ right
     if metric.g is not None:
-        left = damped_cholesky(metric.g, damping, what="The second moment of the gradients")
+        g, what = metric.g, "The second moment of the gradients"
+        left = metric.derived(("g", damping), lambda: damped_cholesky(g, damping, what=what))
         whitened = left.T @ whitened
     nearest = LowRank(structure.rank).project(whitened)
     unwhitened: Tensor = torch.linalg.solve_triangular(right, nearest, upper=False, left=False)

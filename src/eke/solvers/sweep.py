@@ -1,15 +1,17 @@
 """Column sweep: fix one column after the other and let the free ones make up for its error.
 
-With H = A^-1 and its upper Cholesky factor U (H = U^T U), fixing column j to q and moving the later columns by
+With A = R R^T, R upper triangular, the loss of a change D is |D R|^2 and its part of column j is least where
 
-    W_j: <- W_j: - (W_j - q) / U_jj * U_j,j:
+    V_j = W_j + sum_{k < j} (W_k - V_k) R_kj / R_jj,
 
-is OBS restricted to the columns not yet fixed. Columns with the largest A_jj go first (their errors still have all
-others to lean on). The sweep needs no G; afterwards columns are revisited in the whole metric (`revisit`).
-What is allowed (scales, supports) is fixed before the sweep by the structure's `by_columns`.
+which is OBS restricted to the columns not yet fixed, without an inverse: V_j becomes this, rounded. Columns with the
+largest A_jj go first (their errors still have all others to lean on). The sweep needs no G; afterwards columns are
+revisited in the whole metric (`revisit`). What is allowed (scales, supports) is fixed before the sweep by the
+structure's `by_columns`.
 
-Cost: n^3 + m n^2, and n (m n + 3 m^2) a revisit of all columns; float64.
-Source: Frantar & Alistarh, "Optimal brain compression", 2022; Frantar et al., "GPTQ", 2023 (order by activations).
+Cost: n^3 / 3 once a metric, m n^2, and n (m n + 3 m^2) a revisit of all columns; float64.
+Source: Frantar & Alistarh, "Optimal brain compression", 2022; Frantar et al., "GPTQ", 2023 (order by activations);
+Chee et al., "QuIP", 2023 (the form without an inverse).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metric, cholesky, damped, finite
+from ..linalg import Metric, damped_cholesky, finite
 from ..structures import ColumnRule, Structure, Sweepable
 from .revisit import revisit_
 from .solution import Solution, best, plain_projections
 
-_BLOCK = 128
+_BLOCK, _ROWS = 128, 64
 
 
 def sweep(
@@ -56,34 +58,70 @@ def sweep(
     if revisits < 0:
         raise ValueError(f"revisits must be >= 0, got {revisits}.")
     metric.check(tuple(weight.shape))
-    w, a = finite(weight, what="sweep"), metric.a.double()
+    w = finite(weight, what="sweep")
     tried = plain_projections(structure, weight, metric)
     source = (weight if start is None else start).detach().double()
     rule = structure.by_columns(source, metric.score((weight.shape[0], weight.shape[1])).double())
-    order = a.diagonal().argsort(descending=True, stable=True)
-    swept = _sweep(w, a, rule, order, damping)
-    tried["sweep"] = swept.clone()
-    revisit_(swept, w, metric, rule, rounds=revisits)
-    tried["sweep and revisits"] = swept
+    tried["sweep"] = _sweep(w, metric, rule, damping)
+    if revisits:
+        tried["sweep and revisits"] = tried["sweep"].clone()
+        revisit_(tried["sweep and revisits"], w, metric, rule, rounds=revisits)
     return best(tried, weight, metric)
 
 
-def _sweep(w: Tensor, a: Tensor, rule: ColumnRule, order: Tensor, damping: float) -> Tensor:
-    """Return the swept matrix (m, n); errors reach later blocks of columns by one product a block."""
-    inverse = torch.cholesky_inverse(cholesky(damped(a[order][:, order], damping)))
-    upper = cholesky((inverse + inverse.T) / 2, what="The inverse second moment").T
-    free = w[:, order].clone()
+def swept(structure: Sweepable, weight: Tensor, metric: Metric, *, damping: float = 1e-3) -> Tensor:
+    """Return the better of the sweep alone and of the weighted projection, as some rows have it: for large matrices.
+
+    Args:
+        structure: Structure with `project` and `by_columns`.
+        weight: W (m, n).
+        metric: Measures the change.
+        damping: Of A, relative to its mean diagonal.
+
+    Returns:
+        (m, n) in the dtype of W, float32 for half precision.
+    """
+    metric.check(tuple(weight.shape))
+    w = finite(weight, what="sweep")
+    # Scales and supports in the precision that members are stored in.
+    source = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    score = metric.score((weight.shape[0], weight.shape[1])).to(source.dtype)
+    found = _sweep(w, metric, structure.by_columns(source, score), damping).to(source.dtype)
+    if not isinstance(structure, Structure):
+        return found
+    projected = structure.project(source, score)
+    rows = torch.arange(0, w.shape[0], max(1, w.shape[0] // _ROWS), device=w.device)
+    weights = None if metric.g is None else metric.g.diagonal()[rows]
+    losses = []
+    for member in (found, projected):
+        change = member[rows] - source[rows]
+        each = ((change @ metric.a.to(change.dtype)) * change).sum(1)
+        losses.append(float(each.sum() if weights is None else each @ weights.to(each.dtype)))
+    return found if losses[0] <= losses[1] else projected
+
+
+def _sweep(w: Tensor, metric: Metric, rule: ColumnRule, damping: float) -> Tensor:
+    """Return the swept matrix (m, n); a block of columns hears of all errors before it by one product."""
+    order, answers = metric.derived(("sweep", damping), lambda: _answers(metric.a, damping))
     names: list[int] = order.tolist()
+    # One column a row: what is read and written together lies together.
+    free = w.T[order]
+    fixed, errors = torch.empty_like(free), torch.empty_like(free)
     for begin in range(0, len(names), _BLOCK):
         end = min(begin + _BLOCK, len(names))
-        errors = torch.empty(w.shape[0], end - begin, dtype=w.dtype, device=w.device)
+        wanted = free[begin:end] + answers[:begin, begin:end].T @ errors[:begin]
         for j in range(begin, end):
-            fixed = rule(free[:, j], names[j])
-            error = (free[:, j] - fixed) / upper[j, j]
-            free[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
-            free[:, j] = fixed
-            errors[:, j - begin] = error
-        free[:, end:] -= errors @ upper[begin:end, end:]
-    result = torch.empty_like(free)
-    result[:, order] = free
+            fixed[j] = rule(wanted[j - begin], names[j])
+            torch.sub(free[j], fixed[j], out=errors[j])
+            wanted[j - begin + 1 :].addr_(answers[j, j + 1 : end], errors[j])
+    result = torch.empty_like(w)
+    result[:, order] = fixed.T
     return result
+
+
+def _answers(a: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, and by how much each column (second index) answers an error of one before it."""
+    order = a.diagonal().double().argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    upper = damped_cholesky(a[backwards][:, backwards], damping).flip(0, 1)
+    return order, upper / upper.diagonal()

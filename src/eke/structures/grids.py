@@ -30,6 +30,7 @@ from .structure import ColumnRule, Exactness, check_matrix, check_shape
 
 _SMALLEST = 2.0**-100
 _LARGEST = 2.0**120
+_CACHED = 1 << 18
 _SEARCH = {2: (0.12, 24), 3: (0.2, 24), 4: (0.3, 20), 5: (0.4, 16), 6: (0.5, 14), 7: (0.6, 12), 8: (0.7, 10)}
 
 
@@ -116,6 +117,15 @@ class UniformGrid:
         v = v.to(torch.promote_types(v.dtype, torch.float32))
         if float(v.abs().max()) > _LARGEST:
             raise ValueError(f"{self} needs entries below 2**120 in magnitude, got {float(v.abs().max()):.3g}.")
+        # Rows do not know of each other: some at a time stay in the cache for all passes.
+        step = max(1, _CACHED // v.shape[1])
+        parts = [
+            self._quantize(v[at : at + step], None if weights is None else weights[at : at + step])
+            for at in range(0, v.shape[0], step)
+        ]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+    def _quantize(self, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         rows, columns = v.shape
         # One line a scale: (m * groups, width); entries that pad the last group have weight 0.
         lines = self._lines(v)

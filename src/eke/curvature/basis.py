@@ -1,0 +1,168 @@
+"""Directions of output and input space, and the curvature of a change along each pair of them.
+
+A factor of up to `WIDE` rows has all of its eigenvectors as directions. Of a wider one only the `LEADING` ones of
+largest eigenvalue are kept, found by subspace iteration, and all that is orthogonal to them counts as one more,
+with its mean second moment, measured like the others. So the trace is exact, a change that is spread evenly is priced
+exactly, and cost and memory grow with LEADING (m + n) instead of m^2 + n^2.
+
+Source: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011 (subspace iteration). Cost of a wide factor:
+4 n^2 LEADING multiply-adds and four orthogonalisations, n LEADING^2 each, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg import WIDE
+
+LEADING = 512
+"""Directions of a wide factor that are told apart."""
+_OVERSAMPLING, _ITERATIONS = 32, 3
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal directions of output and input space, and the curvature along each pair of them.
+
+    Where there are fewer directions than rows (columns), `moments` has one row (column) more: the mean curvature of all
+    that is orthogonal to them.
+
+    Args:
+        g_vectors: (groups, m / groups, p), float64, or float32 for a part.
+        a_vectors: (groups, n, q), likewise.
+        moments: (groups, p [+ 1], q [+ 1]), float64, curvature along g_vectors[:, :, i] a_vectors[:, :, j]^T.
+    """
+
+    g_vectors: Tensor
+    a_vectors: Tensor
+    moments: Tensor
+
+    @property
+    def rest(self) -> tuple[int, int]:
+        """Dimensions of output and input space that no direction spans."""
+        return tuple(v.shape[1] - v.shape[2] for v in (self.g_vectors, self.a_vectors))  # type: ignore[return-value]
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many pairs of directions each entry of `moments` stands for, float64, broadcastable to it."""
+        ones = [self.moments.new_ones(size) for size in self.moments.shape[1:]]
+        for line, rest in zip(ones, self.rest):
+            if rest:
+                line[-1] = rest
+        return ones[0][:, None] * ones[1]
+
+    def rotate(self, blocks: Tensor) -> Tensor:
+        """Return U_G^T D U_A of (..., groups, m / groups, n), in the dtype of the blocks."""
+        return self.g_vectors.mT.to(blocks.dtype) @ blocks @ self.a_vectors.to(blocks.dtype)
+
+    def energies(self, blocks: Tensor) -> Tensor:
+        """Return the squares of changes (groups, m / groups, n) along each pair of directions, in the shape of moments,
+        float64; what is orthogonal to the directions is summed.
+        """  # noqa: D205
+        if not any(self.rest):
+            return self.rotate(blocks.double()).square_()
+        blocks = blocks.to(torch.float32)
+        right = blocks @ self.a_vectors.to(blocks.dtype)
+        inside = (self.g_vectors.mT.to(blocks.dtype) @ right).double().square_()
+        rows = (self.g_vectors.mT.to(blocks.dtype) @ blocks).double().square_().sum(2)
+        return gathered(inside, rows, right.double().square_().sum(1), blocks.double().square().sum((1, 2)), self.rest)
+
+    def diagonal(self) -> Tensor:
+        """Return the curvature (groups, m / groups, n) of each entry of the matrix on its own."""
+        shares = []
+        for vectors, rest in zip((self.g_vectors, self.a_vectors), self.rest):
+            squares = vectors.double().square()
+            if rest:
+                # The part of an entry's direction that none spans.
+                outside = (1 - squares.sum(2, keepdim=True)).clamp_min_(0)
+                squares = torch.cat([squares, outside], 2)
+            shares.append(squares)
+        return shares[0] @ self.moments @ shares[1].mT
+
+    def solve(self, gradient: Tensor, damping: float) -> Tensor:
+        """Return (curvature + damping I)^-1 applied to a gradient.
+
+        Args:
+            gradient: (m, n).
+            damping: Positive, in units of the curvature.
+
+        Returns:
+            (m, n) in the dtype of the gradient.
+
+        Raises:
+            ValueError: if damping is not positive.
+        """
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping}.")
+        g, a = self.g_vectors.double(), self.a_vectors.double()
+        blocks = gradient.reshape(g.shape[0], g.shape[1], a.shape[1]).double()
+        factors = 1 / (self.moments + damping)
+        p, q = g.shape[2], a.shape[2]
+        # What no direction spans has a factor of its own; along the others it is corrected to theirs.
+        beyond = [factors[:, p:, :q], factors[:, :p, q:], factors[:, p:, q:]]
+        low, left, both = (part if part.numel() else part.new_zeros(1, 1, 1) for part in beyond)
+        inside = g.mT @ blocks @ a
+        found = g @ (inside * (factors[:, :p, :q] - low - left + both)) @ a.mT
+        if self.rest[0]:
+            found += (blocks @ a * (low - both)) @ a.mT
+        if self.rest[1]:
+            found += g @ ((left - both) * (g.mT @ blocks))
+        if all(self.rest):
+            found += both * blocks
+        return found.reshape(gradient.shape).to(gradient.dtype)
+
+
+def gathered(inside: Tensor, rows: Tensor, columns: Tensor, total: Tensor, rest: tuple[int, int]) -> Tensor:
+    """Return squares along all pairs of directions, with what is orthogonal to them in a last row and column.
+
+    Args:
+        inside: (..., p, q), squares along pairs of directions.
+        rows: (..., p), squares along the first directions, whatever the second.
+        columns: (..., q), the other way round.
+        total: (...), all squares.
+        rest: Dimensions that the first and the second directions do not span.
+
+    Returns:
+        (..., p [+ 1], q [+ 1]), not below 0.
+    """
+    found = inside
+    if rest[1]:
+        found = torch.cat([found, (rows - inside.sum(-1))[..., None]], -1)
+    if rest[0]:
+        below = columns - inside.sum(-2)
+        if rest[1]:
+            below = torch.cat([below, (total - rows.sum(-1) - below.sum(-1))[..., None]], -1)
+        found = torch.cat([found, below[..., None, :]], -2)
+    return found.clamp_min(0)
+
+
+def directions(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of second moments: all, or the leading ones of a wide factor.
+
+    Args:
+        moment: (groups, n, n), symmetric positive semidefinite.
+
+    Returns:
+        Values (groups, q) and, with the mean of all others as the last, (groups, q + 1); vectors (groups, n, q).
+    """
+    n = moment.shape[1]
+    if n <= WIDE:
+        values, vectors = torch.linalg.eigh(moment.double())
+        return values.clamp_min_(0), vectors.contiguous()
+    trace = moment.diagonal(dim1=1, dim2=2).double().sum(1)
+    # With a mean eigenvalue of 1 nothing under- or overflows in float32.
+    level = trace / n
+    moment = moment.float() / torch.where(level > 0, level, torch.ones_like(level))[:, None, None].float()
+    generator = torch.Generator(device=moment.device).manual_seed(0)
+    shape = (moment.shape[0], n, LEADING + _OVERSAMPLING)
+    vectors = torch.randn(shape, generator=generator, device=moment.device)
+    for _ in range(_ITERATIONS):
+        vectors = torch.linalg.qr(moment @ vectors)[0]
+    values, turned = torch.linalg.eigh((vectors.mT @ (moment @ vectors)).double())
+    values = level[:, None] * values[:, -LEADING:].clamp_min(0)
+    vectors = vectors @ turned[:, :, -LEADING:].float()
+    others = (trace - values.sum(1)).clamp_min(0) / (n - LEADING)
+    return torch.cat([values, others[:, None]], 1), vectors
