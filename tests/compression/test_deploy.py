@@ -184,6 +184,13 @@ def test_folding_in_float32_rounds_once():
     assert torch.equal(model[0].bias, exact[0].bias.float())
 
 
+def test_weights_of_three_dimensional_convolutions_stay_as_they_are():
+    model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(2), nn.Conv1d(3, 2, 1))
+    before = {name: weight.stride() for name, weight in model.named_parameters()}
+    set_memory_format_(model, "channels_last")
+    assert {name: weight.stride() for name, weight in model.named_parameters()} == before
+
+
 def test_an_unknown_memory_format_is_refused():
     with pytest.raises(ValueError, match=r"one of \['channels_last', 'contiguous'\], got 'nhwc'"):
         set_memory_format_(nn.Linear(2, 2), "nhwc")

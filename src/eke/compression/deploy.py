@@ -96,7 +96,9 @@ def set_memory_format_(model: nn.Module, name: str) -> None:
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if name not in formats:
         raise ValueError(f"The memory format must be one of {sorted(formats)}, got {name!r}.")
-    model.to(memory_format=formats[name])
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:  # Module.to would ask the same of those of 3-d convolutions, which have no such format
+            tensor.data = tensor.data.to(memory_format=formats[name])
 
 
 def _adjacent(model: nn.Module, call: Callable[[nn.Module], Any]) -> list[Pair]:
