@@ -131,6 +131,7 @@ def compressed(rows: Rows) -> str:
             continue
         size = f"{short(row['bytes'][0])}B → {short(row['bytes'][1])}B" if "bytes" in row else ""
         answer = row["answer"] if row["answer"] != "refused" else f"refused: {row['said'][:100]}"
+        answer += " at 0.9x" if row["answer"] == "verified" and row["share"] != 0.5 else ""
         lines.append([row["name"], answer, size, row["groups"], f"{row['worst']:.1e}", len(row["wrong"])])
     head = ["model", "answer", "bytes", "channel groups", "worst cut against mask", "wrong cuts"]
     return table(head, lines)
@@ -172,9 +173,10 @@ def page(inspected: dict[str, Any], compress: dict[str, Any] | None) -> str:
         good = [row for row in done if row["ok"] and row["answer"] in ("verified", "refused") and not row["wrong"]]
         parts += [
             "## Compressed end to end",
-            f"`eke.compress` to half the bytes, without recovery, on {len(done)} models; {len(good)} end in a result "
-            "that is the same after loading it into a freshly built model, or in a refusal that names the module. "
-            "Every channel group was cut on the real weights in float64 and compared with its mask.",
+            f"`eke.compress` to half the bytes (to 0.9 where half is impossible), without recovery, on {len(done)} "
+            f"models; {len(good)} end in a result that is the same after loading it into a freshly built model, or in "
+            "a refusal that names the module. Every channel group was cut on the real weights in float64 and compared "
+            "with its mask.",
             compressed(done),
         ]
     parts += [
