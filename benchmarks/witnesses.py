@@ -23,6 +23,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,15 @@ def reloaded(result: eke.Result, fresh: nn.Module, task: eke.Task) -> eke.Counts
 
 def compressed(name: str, model: nn.Module, task: eke.Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compress within the first limits that some plan keeps; record those that none kept."""
+    recovery = task.recovery or Recovery()
+    if arguments.steps is not None:
+        recovery = replace(recovery, steps=arguments.steps)
     refused: list[dict[str, Any]] = []
     for limits in (LIMITS, *RELAXED):
         started = time.perf_counter()
         try:
             result = eke.compress(
-                model, task, budget=eke.Budget(**limits), recovery=Recovery(steps=arguments.steps), seed=arguments.seed,
+                model, task, budget=eke.Budget(**limits), recovery=recovery, seed=arguments.seed,
                 threads=arguments.threads, seconds=arguments.seconds,
             )  # fmt: skip
         except ValueError as error:
@@ -175,7 +179,7 @@ def main() -> None:
     """Run the witnesses and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is given")
-    parser.add_argument("--steps", type=int, default=Recovery().steps)
+    parser.add_argument("--steps", type=int, help="of the recovery; the task's own by default")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
