@@ -19,7 +19,7 @@ from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
 from .blocks import block_candidates, removable
-from .calibrate import Calibration, Meter, calibrate, plan_loss, share
+from .calibrate import Calibration, Meter, affordable, calibrate, plan_loss, share
 from .candidates import Decisions, Solver
 from .checkpoint import Run
 from .embeddings import embedding_candidates, embedding_sites
@@ -32,6 +32,8 @@ from .timing import Timing
 
 STATISTICS = 1024
 """Most samples from which statistics are estimated."""
+
+_FEWEST, _SHARE = 128, 12  # samples in any case, and as a multiple of those on which a loss increase is measured
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def explore(job: Job, run: Run) -> Space:
             job.batches,
             sites=visible,
             outputs={site.module_name: -1 for site in tables_of_rows},
-            max_samples=STATISTICS,
+            max_samples=min(STATISTICS, max(_FEWEST, _SHARE * affordable(job))),
             max_locations=49,
             corrected_samples=128,
         )
