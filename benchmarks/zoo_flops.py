@@ -141,15 +141,15 @@ FUSED = "inside the fused nn.MultiheadAttention or encoder layer, which has no f
 
 
 def explain_torch(eke: Counts, torch_: Counts, ran: set[str]) -> Counts:
-    """Split eke - torch by operation: what one has a formula for and the other has none."""
-    causes: Counts = {}
+    """Split eke - torch by kind of product: what one has a formula for and the other has none."""
     if any(word in name for name in ran for word in ATTENTION[1:]):
         return {FUSED: sum(eke.values()) - sum(torch_.values())}
-    for name in sorted({*eke, *torch_}):
-        if difference := eke.get(name, 0) - torch_.get(name, 0):
-            known = "counted otherwise" if name in eke and name in torch_ else "no formula"
-            side = "torch" if name not in torch_ else "eke"
-            causes[f"{known} ({side}): {name}" if known == "no formula" else f"{known}: {name}"] = difference
+    own, theirs = classes(eke), classes(torch_)
+    causes: Counts = {}
+    for kind in sorted({*own, *theirs}):
+        if difference := own.get(kind, 0) - theirs.get(kind, 0):
+            missing = ", ".join(sorted({*eke} ^ {*torch_}))
+            causes[f"no formula for {kind} ({missing})" if missing else f"unexplained {kind}"] = difference
     return causes
 
 
