@@ -252,9 +252,11 @@ def compact(row: dict[str, Any]) -> dict[str, Any]:
 
 def plain_reason(reason: str) -> str:
     """Return why channels stay whole, without the names and numbers of one model."""
+    reason = re.sub(r" by [-+.e\d]+ relative", "", reason)
     reason = re.sub(r"^[\w.]+\.[\w.]+: |^[\w]+: (?!the cut)", "", reason)
     reason = re.sub(r"[\w]+(\.[\w]+)+", "...", reason)
-    return re.sub(r"-?\d+", "#", reason)[:160]
+    reason = re.sub(r"(\(\w+Error: [^'\[\d-]*)['\[\d-].*", r"\1...)", reason)
+    return re.sub(r"(?<![A-Za-z])-?\d+", "#", reason)
 
 
 def main() -> None:
@@ -290,13 +292,10 @@ def main() -> None:
     bad = [row["name"] for row in rows if not good(row)]
     print(f"{len(rows) - len(bad)} of {len(rows)} are as they should be{': not ' if bad else ''}{', '.join(bad)}")
     if chosen.write:
-        document = {
-            "eke": __version__,
-            "environment": environment().to_json(),
-            "part": chosen.part,
-            "rows": [compact(row) for row in rows],
-        }
-        chosen.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        head = {"eke": __version__, "environment": environment().to_json(), "part": chosen.part}
+        lines = ",\n".join(json.dumps(compact(row)) for row in rows)
+        text = f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n'
+        chosen.write.write_text(text, encoding="utf-8")
     raise SystemExit(1 if bad else 0)
 
 

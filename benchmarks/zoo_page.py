@@ -21,10 +21,10 @@ RIVALS = {"torch": "torch.utils.flop_counter", "fvcore": "fvcore", "ptflops": "p
 Rows = Sequence[dict[str, Any]]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; all columns but the first are set to the right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, words: Sequence[int] = (0,)) -> str:
+    """Return a Markdown table; columns but those of words are set to the right."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    lines = [head, ["---" if column in words else "---:" for column in range(len(head))], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -52,10 +52,10 @@ def families(rows: Rows) -> str:
             reasons.update(row["whole"])
         middle: Callable[[str], str] = lambda key, ran=ran: f"{statistics.median(row[key] for row in ran):g}"  # noqa: E731
         whole = f"{statistics.median(sum(row['whole'].values()) for row in ran):g}"
-        most = reasons.most_common(1)[0][0][:70] if reasons else ""
+        most = reasons.most_common(1)[0][0] if reasons else ""
         lines.append([family, f"{len(ran)} of {len(members)}", middle("sites"), middle("groups"), whole, most])
     head = ["family", "ran", "matrices", "channel groups", "layers whole", "most frequent reason"]
-    return table(head, lines)
+    return table(head, lines, words=(0, 5))
 
 
 def counters(rows: Rows) -> str:
@@ -87,7 +87,8 @@ def causes(rows: Rows) -> str:
     ):
         low, middle, high = min(found), statistics.median(found), max(found)
         lines.append([RIVALS[rival], cause, len(found), f"{low:+.2%} / {middle:+.2%} / {high:+.2%}"])
-    return table(["counter", "cause", "models", "least / median / largest share of eke's count"], lines)
+    head = ["counter", "cause", "models", "least / median / largest share of eke's count"]
+    return table(head, lines, words=(0, 1))
 
 
 def reasons(rows: Rows, most: int = 20) -> str:
@@ -99,13 +100,13 @@ def reasons(rows: Rows, most: int = 20) -> str:
         for reason in row["whole"]:
             models[reason].append(row["name"])
     lines = [[reason, count, len(models[reason]), models[reason][0]] for reason, count in layers.most_common(most)]
-    return table(["reason", "layers", "models", "for example"], lines)
+    return table(["reason", "layers", "models", "for example"], lines, words=(0, 3))
 
 
 def errors(rows: Rows) -> str:
     """Return one line for each model that did not run, or a sentence."""
     bad = [[row["name"], row.get("module") or "", row["error"][:160]] for row in rows if not row["ok"]]
-    return table(["model", "module", "error"], bad) if bad else "All of them ran."
+    return table(["model", "module", "error"], bad, words=(0, 1, 2)) if bad else "All of them ran."
 
 
 def models(rows: Rows) -> str:
@@ -134,7 +135,7 @@ def compressed(rows: Rows) -> str:
         answer += " at 0.9x" if row["answer"] == "verified" and row["share"] != 0.5 else ""
         lines.append([row["name"], answer, size, row["groups"], f"{row['worst']:.1e}", len(row["wrong"])])
     head = ["model", "answer", "bytes", "channel groups", "worst cut against mask", "wrong cuts"]
-    return table(head, lines)
+    return table(head, lines, words=(0, 1))
 
 
 def page(inspected: dict[str, Any], compress: dict[str, Any] | None) -> str:

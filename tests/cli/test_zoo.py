@@ -175,6 +175,57 @@ def test_reasons_are_counted_without_names(zoo):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("reason", "plain"),
+    [
+        ("stages.0.norm: LayerNorm2d averages over the channels", "LayerNorm2d averages over the channels"),
+        ("norm: LayerNorm averages over the channels", "LayerNorm averages over the channels"),
+        (
+            "heads: the cut model does not run (RuntimeError: shape '[2, 3]' is bad)",
+            "heads: the cut model does not run (RuntimeError: shape ...)",
+        ),
+        ("the cut model does not run (TypeError: -1)", "the cut model does not run (TypeError: ...)"),
+        ("the cut model differs from the masked one by 1.3e-02 relative", "the cut model differs from the masked one"),
+    ],
+)
+def test_reasons_of_one_kind_read_alike(zoo, reason, plain):
+    assert zoo.plain_reason(reason) == plain
+
+
+def test_the_page_says_what_the_rows_say(path):
+    page = importlib.import_module("zoo_page")
+    good = {
+        "name": "timm:a", "family": "timm: a", "ok": True, "input": [1, 3, 8, 8], "parameters": 1500, "flops": 100,
+        "sites": 4, "groups": 2, "whole": {"tied": 3}, "seconds": {"inspect": 1.6},
+        "counters": {"torch": 100, "fvcore": 60, "causes": {"torch": {}, "fvcore": {"norms | pooling": 40}}},
+    }  # fmt: skip
+    bad = {"name": "timm:b", "family": "timm: a", "ok": False, "module": "x.y", "error": "ValueError: 5 | 6"}
+    cut = {"name": "net:c", "ok": True, "answer": "verified", "share": 0.9, "bytes": [2000, 900], "groups": 1}
+    no = {"name": "net:d", "ok": True, "answer": "refused", "said": "because", "groups": 0, "worst": 0.0, "wrong": []}
+    shown = page.page(
+        {"rows": [good, bad], "environment": {"cpu": "a chip"}},
+        {"rows": [cut | {"worst": 2e-16, "wrong": []}, no, {"name": "net:e", "ok": False, "error": "slow"}]},
+    )
+    for line in (
+        "**`eke inspect` ran on 1 of 2 (50.0%)**",
+        r"| timm:b | x.y | ValueError: 5 \| 6 |",
+        "| timm: a | 1 of 2 | 4 | 2 | 3 | tied |",
+        "| fvcore | 1 of 1 | 2 | 0 | 1.200 / 1.200 / 1.200 |",
+        r"| fvcore | norms \| pooling | 1 | +40.00% / +40.00% / +40.00% |",
+        "| net:c | verified at 0.9x | 2 kB → 900B | 1 | 2.0e-16 | 0 |",
+        "| net:d | refused: because |",
+        "| net:e | slow |",
+        "| timm:a | 1x3x8x8 | 1.5 k | 100 | 4 | 2 | 3 | 2 |",
+    ):
+        assert line in shown
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="the whole zoo was not run yet")
+def test_the_page_is_written_from_the_committed_results(path):
+    page = importlib.import_module("zoo_page")
+    assert page.PAGE.read_text(encoding="utf-8") == page.read()
+
+
 @pytest.mark.skipif(not RESULT.exists(), reason="the whole zoo was not run yet")
 def test_the_committed_result_holds_what_is_claimed(models):
     rows = json.loads(RESULT.read_text())["rows"]
