@@ -268,9 +268,13 @@ def test_sites_that_cannot_be_hooked_are_refused():
 
 
 def test_outputs_that_are_no_tensor_are_refused():
-    model = nn.Sequential(nn.LSTM(3, 2))
-    with pytest.raises(TypeError, match="'0' returns tuple"):
-        Curvature.estimate(model, lambda m, b: m(b)[0].mean(), batches(), sites=[], outputs={"0": -1})
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"y": super().forward(x)}
+
+    model = nn.Sequential(Named(3, 2))
+    with pytest.raises(TypeError, match="'0' returns dict"):
+        Curvature.estimate(model, lambda m, b: m(b)["y"].mean(), batches(), sites=[], outputs={"0": -1})
 
 
 def test_a_wrong_file_is_refused(tmp_path):

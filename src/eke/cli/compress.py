@@ -129,7 +129,7 @@ def _continued(wanted: Recipe, out: pathlib.Path, *, resume: bool, base: pathlib
     """Return the report of a new, continued or finished run."""  # noqa: DOC501
     check_folder(out, resume=resume)
     try:
-        document = _finished(out, wanted, base=base) if resume else None
+        document = _finished(out, wanted) if resume else None
         if resume and document is None and not _unfinished(out):
             typer.echo(f"nothing to continue in {out}: starting", err=True)
         return document or _run(wanted, out, resume=resume, base=base)
@@ -203,7 +203,7 @@ def _unfinished(folder: pathlib.Path) -> bool:
     return (folder / RUN / "recipe.json").exists()
 
 
-def _finished(folder: pathlib.Path, wanted: Recipe, *, base: pathlib.Path | None) -> Document | None:
+def _finished(folder: pathlib.Path, wanted: Recipe) -> Document | None:
     """Return the report of a run that needs no continuing, or None."""  # noqa: DOC501
     from ..report import Document
 
@@ -213,7 +213,9 @@ def _finished(folder: pathlib.Path, wanted: Recipe, *, base: pathlib.Path | None
     if not document.verdict.verified:
         return None
     before = recipes.assigned(recipes.read(folder), [], where=str(folder / recipes.FILE))
-    if before != (now := wanted.with_recovery_of(load_task(wanted, folder=base)).to_json()):
+    # What is not said now is as it was: the task that would say it is not loaded for a run that is finished.
+    unsaid = {**(before.get("recovery") or {}), **wanted.recovery}
+    if before != (now := replace(wanted, recovery=unsaid).to_json()):
         changed = next(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise UsageError(
             f"The finished run in {folder} had another recipe: {changed} was {before.get(changed)!r} and is now "
