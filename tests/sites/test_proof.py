@@ -56,6 +56,15 @@ def test_a_shifted_index_map_of_any_member_is_rejected(proof):
             assert bench.prove([wrong], generator()), f"{group.name}: {member.module_name} {member.side}"
 
 
+def test_indices_beyond_a_tensor_are_rejected_with_its_module(proof):
+    bench, groups = proof
+    for group in groups:
+        for i, member in enumerate(group.members):
+            beyond = with_member(group, i, member.indices + member.shapes[0][member.axes.tensors[0][1]])
+            reason = bench.prove([beyond], generator())
+            assert reason == f"its channels could not be followed into {member.module_name}"
+
+
 def test_two_swapped_channels_of_a_consumer_are_rejected(proof):
     bench, groups = proof
     for group in groups:

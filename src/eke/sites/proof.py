@@ -237,6 +237,10 @@ class Bench:
         Returns:
             A reason for people.
         """
+        for member in (member for group, _ in choices for member in group.members):
+            sizes = [shape[dim] for (_, dim), shape in zip(member.axes.tensors, member.shapes)]
+            if sizes and int(member.indices.max()) >= min(sizes):
+                return f"its channels could not be followed into {member.module_name}"
         try:
             with cut(self.model, choices):
                 after = run(self.model, self.inputs)
