@@ -292,7 +292,8 @@ def main() -> None:
     bad = [row["name"] for row in rows if not good(row)]
     print(f"{len(rows) - len(bad)} of {len(rows)} are as they should be{': not ' if bad else ''}{', '.join(bad)}")
     if chosen.write:
-        head = {"eke": __version__, "environment": environment().to_json(), "part": chosen.part}
+        whole = {row["name"] for row in rows} >= set(every)
+        head = {"eke": __version__, "environment": environment().to_json(), "part": chosen.part, "whole": whole}
         lines = ",\n".join(json.dumps(compact(row)) for row in rows)
         text = f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n]}}\n'
         chosen.write.write_text(text, encoding="utf-8")
