@@ -93,3 +93,10 @@ def test_the_traceback_of_the_users_file_ends_at_its_own_last_line(eke, files):
     assert 'return nn.Linear(3, "two")' in done.stderr
     assert "site-packages" not in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith("TypeError: ")
+
+
+def test_a_budget_that_no_measured_plan_kept_is_not_met_and_an_impossible_one_is_an_error():
+    from eke.compression.plan import InfeasibleError
+
+    assert exit_code(InfeasibleError("no plan kept it", {}, proved=False)) == 3
+    assert exit_code(InfeasibleError("below the smallest plan", {})) == 1

@@ -36,7 +36,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that stands for an error."""
+    """Return the exit code that stands for an error; 3 where plans were measured and none kept the budget."""
+    if getattr(error, "proved", True) is False:
+        return 3
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, UsageError) else 1
