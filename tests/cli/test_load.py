@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from eke import demo
@@ -29,6 +30,20 @@ def test_a_dictionary_becomes_a_task(here):
     task = load.load_task(Recipe(data="cli_tiny_data.py:splits"))
     assert (len(task.calibration), len(task.report), task.score) == (2, 4, accuracy)
     assert load.load_task(Recipe(data="cli_tiny_data.py:scored")).score.__name__ == "negative_loss"
+
+
+def test_a_model_and_data_may_stand_in_a_file_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cli_as_is.py").write_text(
+        "import eke, torch\nmodel = torch.nn.Linear(2, 2)\ntask = eke.Task([1], [2], [3])\n"
+        "splits = {'calibration': [1], 'selection': [2], 'report': [3]}\n"
+    )
+    model = load.load_model(Recipe(model="cli_as_is.py:model"))
+    original = sys.modules["cli_as_is"].model
+    assert model is not original
+    assert torch.equal(model.weight, original.weight)
+    for name in ("task", "splits"):
+        assert load.load_task(Recipe(data=f"cli_as_is.py:{name}")).report == [3]
 
 
 def test_files_that_import_one_another_meet_the_same_module(here):

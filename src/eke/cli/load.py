@@ -6,6 +6,7 @@ one another meet the same modules. Nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import pathlib
@@ -67,21 +68,29 @@ def places(folder: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
 
 
 def call(spec: str) -> Any:
-    """Run the function that a spec names.
+    """Run the function that a spec names; a model, a task or a dictionary stands for itself.
 
     Args:
         spec: FILE.py:FUNCTION, resolved.
 
     Returns:
-        What the function returns.
+        What the function returns. A model is a copy, so that the file's own stays as it is.
 
     Raises:
         UsageError: if the file has no such function.
         TypeError: if it needs arguments.
     """
+    from torch import nn
+
+    from ..compression import Task
+
     file, _, name = spec.rpartition(":")
     module = _module(pathlib.Path(file), spec)
     function = getattr(module, name, None)
+    if isinstance(function, nn.Module):
+        return copy.deepcopy(function)
+    if isinstance(function, (Task, Mapping)):
+        return function
     if not callable(function):
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
         found = "has no function" if function is None else f"has {type(function).__name__}, not a function,"

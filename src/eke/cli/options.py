@@ -10,7 +10,8 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="FILE.py:FUNCTION that returns a torch.nn.Module, torchvision:NAME, timm:NAME or hf:NAME_OR_FOLDER.",
+        help="FILE.py:FUNCTION that returns a torch.nn.Module, or the module itself, torchvision:NAME, timm:NAME or "
+        "hf:NAME_OR_FOLDER.",
         show_default=False,
     ),
 ]
