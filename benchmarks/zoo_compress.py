@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from zoo_nets import NETS, Net
 
 import eke
-from eke.compression.candidates import quick
 from eke.compression.plan import InfeasibleError
+from eke.compression.solver import quick
 from eke.compression.task import logits_of
 
 TOLERANCE = 1e-6

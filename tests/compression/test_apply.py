@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eke.compression import apply, candidates
+from eke.compression import solver as solver_room
 from eke.compression.apply import Layout
 from eke.compression.artifact import Blueprint, load, save
 from eke.compression.candidates import Block, Decisions, Forms, Widths
@@ -248,7 +249,7 @@ def blocky():
 PLAIN = Layout()
 
 
-def composed(blocky, structures, *, solver=candidates.quick, layout=PLAIN):
+def composed(blocky, structures, *, solver=solver_room.quick, layout=PLAIN):
     """Draft a plan that cuts every group to a half, leaves a block out and gives matrices structures."""
     net, decisions, sites, curvature = blocky
     picks = {w.choice: len(w.kept) // 2 for w in decisions.widths} | {"block:second": 1}
@@ -266,7 +267,7 @@ PLAN = {
 }
 
 
-@pytest.mark.parametrize("solver", [candidates.quick, lambda s, w, m: reconstruct(s, w, m, steps=5).weight])
+@pytest.mark.parametrize("solver", [solver_room.quick, lambda s, w, m: reconstruct(s, w, m, steps=5).weight])
 def test_members_lie_in_their_structures_and_factors_have_the_planned_rank(blocky, solver):
     before = state(blocky[0])
     planned = composed(blocky, PLAN, solver=solver)

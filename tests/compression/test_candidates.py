@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eke.compression import candidates
+from eke.compression import solver as solver_room
 from eke.compression.task import cross_entropy
 from eke.curvature import Curvature
 from eke.linalg import Metric
@@ -122,7 +123,7 @@ def test_fewer_bits_cost_more_and_float_costs_nothing(model, world):
         assert form.losses[0] == 0
         matrix = form.site.read(model)
         changes = [
-            candidates.replaced(s, matrix, curvature, form.site, solver=candidates.quick) - matrix for s in STRUCTURES
+            candidates.replaced(s, matrix, curvature, form.site, solver=solver_room.quick) - matrix for s in STRUCTURES
         ]
         curved = [curvature.quadratic(form.site.name, change) for change in changes]
         # The slope may favour one rounding by chance; the curvature always knows which is the stronger change.
@@ -160,7 +161,9 @@ def test_structures_run_from_most_to_fewest_bits_and_save_some(model, world):
         assert bits == sorted(bits, reverse=True)
         assert bits[0] < plain
         left_out = set(given) - set(form.structures)
-        assert all(candidates.fitting(s, form.site.shape) is None or s.bits(form.site.shape) >= plain for s in left_out)
+        assert all(
+            solver_room.fitting(s, form.site.shape) is None or s.bits(form.site.shape) >= plain for s in left_out
+        )
 
 
 def test_only_what_can_be_factored_is_offered_ranks(model, world):
@@ -210,11 +213,11 @@ def test_what_a_block_holds_is_not_replaced_when_it_is_left_out():
 
 def test_effort_is_spared_where_something_is_learned_and_for_large_models(world, monkeypatch):
     sites, _, _ = world
-    assert candidates.default_solver(sites, learns=True) is candidates.quick
-    assert candidates.default_solver(sites, learns=False) is not candidates.quick
+    assert solver_room.default_solver(sites, learns=True) is solver_room.quick
+    assert solver_room.default_solver(sites, learns=False) is not solver_room.quick
     work = sum(m * n * (m + n) for m, n in (site.shape for site in sites))
-    monkeypatch.setattr(candidates, "EFFORT", work - 1)
-    assert candidates.default_solver(sites, learns=False) is candidates.quick
+    monkeypatch.setattr(solver_room, "EFFORT", work - 1)
+    assert solver_room.default_solver(sites, learns=False) is solver_room.quick
 
 
 @pytest.mark.parametrize("structure", [Both(NM(2, 4), UniformGrid(4)), Unstructured(0.5)], ids=repr)
@@ -223,9 +226,17 @@ def test_wide_matrices_are_swept_and_compared_with_projection_on_some_rows(struc
     x = torch.randn(64, 16) @ torch.randn(16, 16)
     weight, metric = torch.randn(8, 16), Metric(x.T @ x / 64, torch.eye(8))
     tried = sweep(structure, weight, metric, revisits=0).losses
-    monkeypatch.setattr(candidates, "WIDE", 15)
-    found = candidates.quick(structure, weight, metric)
+    monkeypatch.setattr(solver_room, "WIDE", 15)
+    found = solver_room.quick(structure, weight, metric)
     assert found.dtype == torch.float32
     torch.testing.assert_close(structure.project(found), found, rtol=0, atol=0)
     wanted = min(tried["sweep"], tried["weighted projection"])
     assert metric.loss((found - weight).double()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_losses_of_widths_are_the_same_where_changes_are_taken_on_the_way(model, world, widths, monkeypatch):
+    sites, curvature, groups = world
+    monkeypatch.setattr(candidates, "MANY", 0)
+    for one, other in zip(widths, candidates.channel_candidates(model, groups, sites, curvature)):
+        assert one.order == other.order
+        assert other.losses == pytest.approx(one.losses, rel=0.05)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from eke.compression.candidates import quick
 from eke.compression.remember import Remembering
+from eke.compression.solver import quick
 from eke.linalg import Metric
 from eke.structures import NM, UniformGrid
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eke.cost import forward as rehearsal
-from eke.cost import peak_memory
+from eke.cost import give_back, peak_memory
 
 X = torch.zeros(3, 10)
 WEIGHTS = (10 * 20 + 20) + (20 * 5 + 5)
@@ -109,3 +111,20 @@ def test_nothing_changes_and_every_run_gives_the_same():
 
 def test_a_mapping_is_keyword_inputs():
     assert peak_memory(nn.Linear(10, 20), {"input": X}) == 4 * 310
+
+
+def test_freed_memory_goes_back_to_the_system():
+    status = pathlib.Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("the size of the process is read from /proc")
+
+    def pages() -> int:
+        return int(status.read_text().split()[1])
+
+    held = [torch.ones(1 << 18) for _ in range(200)]  # 1 MB each
+    kept = held[::50]
+    held.clear()
+    before = pages()
+    give_back()
+    assert pages() <= before
+    assert all(float(tensor.sum()) == 1 << 18 for tensor in kept)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eke.linalg import Metric
-from eke.solvers import admm, reconstruct, refit, weighted_low_rank
+from eke.solvers import admm, reconstruct, refit, weighted_factors, weighted_low_rank
 from eke.structures import NM, Both, LowRank, Rows, UniformGrid, Unstructured
 
 
@@ -148,3 +148,23 @@ def test_bad_arguments_are_named():
         reconstruct(NM(2, 4), w, metric, steps=-1)
     with pytest.raises(ValueError, match=r"12 rows and 32 columns, got \(12, 30\)"):
         reconstruct(NM(2, 3), w[:, :30], metric)
+
+
+@pytest.mark.parametrize("g", [True, False])
+def test_factors_of_a_rank_are_those_of_the_closest_matrix(g):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, n, dtype=torch.float64, generator=generator) for n in (9, 7))
+    weight = torch.randn(7, 9, dtype=torch.float64, generator=generator)
+    metric = Metric(x.T @ x, y.T @ y if g else None)
+    for rank in (5, 2, 5):  # what one rank leaves for another does not change it
+        closest = weighted_low_rank(LowRank(rank), weight, Metric(metric.a, metric.g))
+        left, right = weighted_factors(LowRank(rank), weight, metric)
+        torch.testing.assert_close(left @ right, closest, rtol=1e-9, atol=1e-12)
+        wanted = LowRank(rank).factors(closest)
+        for ours, theirs in zip((left.abs(), right.abs()), (wanted[0].abs(), wanted[1].abs())):
+            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    weight.mul_(2)
+    left, right = weighted_factors(LowRank(2), weight, metric)
+    torch.testing.assert_close(
+        left @ right, 2 * weighted_low_rank(LowRank(2), weight / 2, metric), rtol=1e-9, atol=1e-9
+    )

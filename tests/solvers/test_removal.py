@@ -213,3 +213,42 @@ def test_inputs_that_hardly_vary_are_compensated_as_far_as_rounding_allows():
     found = remove_columns(w, a, remove, mean=x.mean(0), bias=torch.zeros(5))
     error = x[:, 20:] @ found.weight.T + found.bias - x @ w.T
     assert float(error.abs().max()) < 0.02 * float((x @ w.T).abs().max())
+
+
+@pytest.mark.parametrize("waiting", [1, 5, 256])
+def test_changes_on_the_way_are_those_of_removing_the_channels_together(waiting, monkeypatch):
+    monkeypatch.setattr(removal, "_WAITING", waiting)
+    w, x, g = problem(n=18, samples=60)
+    second = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    a = x.T @ x / 60
+    consumers = [
+        Consumer(w, a, torch.arange(18).view(9, 2), g),
+        Consumer(second, a[::2, ::2], torch.arange(9).view(9, 1)),
+    ]
+    seen = {}
+
+    def visit(channels, changes):
+        seen[len(channels)] = channels, [change() for change in changes]
+
+    order = greedy_removal(consumers, 7, damping=0.0, stops={2: visit, 3: visit, 6: visit, 7: visit, 8: visit})
+    plain = greedy_removal(consumers, 7, damping=0.0)
+    assert torch.equal(order.channels, plain.channels)
+    torch.testing.assert_close(order.losses, plain.losses, rtol=1e-9, atol=0)
+    assert sorted(seen) == [2, 3, 6, 7]
+    for count, (channels, changes) in seen.items():
+        assert torch.equal(channels, order.channels[:count])
+        for consumer, change in zip(consumers, changes):
+            gone = consumer.blocks[channels].flatten()
+            left = remove_columns(consumer.weight, consumer.a, gone, damping=0.0).weight
+            wanted = -consumer.weight
+            wanted[:, [i for i in range(wanted.shape[1]) if i not in gone]] += left
+            torch.testing.assert_close(change, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_lots_end_where_the_way_stops(monkeypatch):
+    monkeypatch.setattr(removal, "_LOTS", 2)
+    w, x, _ = problem(n=9)
+    seen = []
+    stops = dict.fromkeys((1, 3, 5), lambda channels, changes: seen.append(len(channels)))
+    greedy_removal([Consumer(w, x.T @ x / 40, torch.arange(9).view(9, 1))], 6, stops=stops)
+    assert seen == [1, 3, 5]

@@ -19,6 +19,7 @@ from eke.structures import (
     Unstructured,
     grids,
     low_rank,
+    sparse,
 )
 
 SHAPE = (6, 16)
@@ -261,3 +262,14 @@ def test_a_grid_of_some_rows_at_a_time_is_that_of_all(group, rows, monkeypatch):
     for given, s in zip(wanted, (None, score, score[0])):
         for ours, theirs in zip(UniformGrid(3, group).quantize(v, s), given):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("structure", [Unstructured(0.3), Unstructured(1.0), NM(3, 8), Rows(0.5)], ids=repr)
+def test_selecting_and_sorting_keep_the_same_entries(structure, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for levels in (2, 5, 1000):  # few levels: many ties
+        v = torch.randint(-levels, levels + 1, (9, 24), generator=generator).double()
+        wanted = structure.support(v)
+        monkeypatch.setattr(sparse, "_SHORT", 0)
+        assert torch.equal(structure.support(v), wanted)
+        monkeypatch.undo()

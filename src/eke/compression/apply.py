@@ -19,10 +19,11 @@ from ..solvers import remove_columns
 from ..structures import LowRank, Structure
 from .artifact import Blueprint
 from .blocks import leave_out_
-from .candidates import Decisions, Solver, fitting, solved
+from .candidates import Decisions
 from .deploy import Pair
 from .factor import factor_, fill_
 from .lessons import Lessons
+from .solver import Solver, fitting, solved
 from .task import Forward
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

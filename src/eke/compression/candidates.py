@@ -9,7 +9,8 @@ its shape may be left out. The predicted loss of a change D of matrices is that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Curvature
-from ..linalg import WIDE, Metric
+from ..linalg import MANY, Metric
 from ..sites import ChannelGroup, Site, Surgery
-from ..solvers import Consumer, greedy_removal, reconstruct, remove_columns, sweep, swept, weighted_low_rank
-from ..structures import NM, Both, LowRank, Structure, Supported, Sweepable, UniformGrid, Unstructured
+from ..solvers import Consumer, greedy_removal, remove_columns
+from ..structures import NM, Both, LowRank, Structure, UniformGrid, Unstructured
+from .solver import Solver, fitting, metric_of, quick, solved
 
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of a channel group that may stay."""
@@ -34,9 +36,6 @@ STRUCTURES: tuple[Structure, ...] = (
     LowRank(0.25, UniformGrid(6)),
 )
 """Structures that matrices may take by default."""
-
-Solver = Callable[[Structure, Tensor, Metric], Tensor]
-"""`solver(structure, weight, metric)`: a member of the structure (m, n) near the weight in the metric."""
 
 
 @dataclass(frozen=True)
@@ -177,50 +176,6 @@ class Decisions:
         return next((block for block in self.blocks if block.holds(module_name)), None)
 
 
-def fitting(structure: Structure, shape: tuple[int, int]) -> Structure | None:
-    """Return the structure, or None (stay as it is) where it has no member of this shape."""
-    try:
-        structure.check(shape)
-    except ValueError:
-        return None
-    return structure
-
-
-EFFORT = 1e9
-"""Sum of m n (m + n) over all matrices (m, n) of a model up to which no effort is spared where nothing is learned."""
-
-
-def quick(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
-    """Return a good member in one step, the default where recovery follows: a sweep for supports, the closed form for
-    ranks, the projection weighted by the metric's diagonal for all else.
-
-    Sweeps of matrices above `WIDE` rows or columns are compared with projection on some rows only.
-    """  # noqa: D205
-    if isinstance(structure, LowRank):
-        return structure.project(weighted_low_rank(structure, weight, metric))
-    if isinstance(structure, Supported) and isinstance(structure, Sweepable):
-        if max(weight.shape) > WIDE:
-            return swept(structure, weight, metric).to(torch.promote_types(weight.dtype, torch.float32))
-        return sweep(structure, weight, metric, revisits=0).weight
-    return structure.project(weight, metric.score((weight.shape[0], weight.shape[1])).to(weight))
-
-
-def default_solver(sites: Sequence[Site], *, learns: bool) -> Solver:
-    """Return the solver that is used unless one is given.
-
-    Args:
-        sites: The model's matrices.
-        learns: Whether recovery follows.
-
-    Returns:
-        A quick one where something is learned afterwards, or where anything else would take hours; else the best.
-    """
-    work = sum(m * n * (m + n) for m, n in (site.shape for site in sites if site.kind != "embedding"))
-    if learns or work > EFFORT:
-        return quick
-    return lambda structure, weight, metric: reconstruct(structure, weight, metric).weight
-
-
 def replaced(
     structure: Structure,
     weight: Tensor,
@@ -248,49 +203,22 @@ def replaced(
     return solved(solver, structure, weight, metric or metric_of(curvature, site), name=site.name)
 
 
-def metric_of(curvature: Curvature, site: Site) -> Metric:
-    """Return the metric of a site without groups."""
-    factors = curvature.factors(site.name)
-    return Metric(factors.a[0], factors.g[0])
-
-
-def solved(solver: Solver, structure: Structure, weight: Tensor, metric: Metric, *, name: str) -> Tensor:
-    """Return what a solver finds, once it is seen to be a matrix of the right shape.
-
-    Args:
-        solver: Finds the member.
-        structure: The structure.
-        weight: The matrix (m, n).
-        metric: Measures the change.
-        name: Of the site, for messages.
-
-    Returns:
-        (m, n).
-
-    Raises:
-        ValueError: if the matrix has another shape or values that are not finite.
-    """
-    found = solver(structure, weight, metric)
-    if found.shape != weight.shape or not bool(torch.isfinite(found).all()):
-        raise ValueError(
-            f"The solver returned {tuple(found.shape)} with {int((~torch.isfinite(found)).sum())} values that are not "
-            f"finite for {structure} at {name!r}, a matrix {tuple(weight.shape)}."
-        )
-    return found
-
-
-def predicted(curvature: Curvature, changes: Mapping[str, Tensor]) -> tuple[float, float]:
+def predicted(
+    curvature: Curvature, changes: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+) -> tuple[float, float]:
     """Predict the loss of changes of matrices to second order.
 
     Args:
         curvature: At the sites.
-        changes: Change (m, n) by site name.
+        changes: Change (m, n) by site name; pairs are taken one by one.
 
     Returns:
         The quadratic term, and the slope: that of the data seen, 0 where it falls (on other data it mostly does not).
     """
-    quadratic = sum(max(0.0, curvature.quadratic(name, delta)) for name, delta in changes.items())
-    slope = sum(curvature.linear(name, delta) for name, delta in changes.items())
+    quadratic = slope = 0.0
+    for name, delta in changes.items() if isinstance(changes, Mapping) else changes:
+        quadratic += max(0.0, curvature.quadratic(name, delta))
+        slope += curvature.linear(name, delta)
     return quadratic, max(0.0, slope)
 
 
@@ -355,18 +283,32 @@ def channel_candidates(
         kept = kept_counts(group.size, multiple=8 if group.unit != "heads" else 1)
         if consumers is None or len(kept) < 2:
             continue
-        removal = greedy_removal(consumers, group.size - kept[-1])
-        gone = [int(channel) for channel in removal.channels]
-        order = (*gone, *sorted(set(range(group.size)) - set(gone)))
         names = [by_parameter[member.parameter].name for member in group.consumers]
         parts = [(0.0, 0.0)]
-        for count in kept[1:]:
-            units = torch.tensor(gone[: group.size - count])
-            changes = {name: removal_change(consumer, units) for name, consumer in zip(names, consumers)}
-            new = predicted(curvature, changes)
-            parts.append((max(new[0], parts[-1][0]), max(new[1], parts[-1][1])))
+        price = functools.partial(_price, curvature, list(zip(names, consumers)), parts)
+        stops = {group.size - count: price for count in kept[1:]}
+        removal = greedy_removal(consumers, group.size - kept[-1], stops=stops)
+        gone = [int(channel) for channel in removal.channels]
+        order = (*gone, *sorted(set(range(group.size)) - set(gone)))
         proposed.append(Widths(group, kept, order, tuple(q + r for q, r in parts), tuple(r for _, r in parts)))
     return proposed
+
+
+def _price(
+    curvature: Curvature,
+    consumers: Sequence[tuple[str, Consumer]],
+    parts: list[tuple[float, float]],
+    units: Tensor,
+    changes: Sequence[Callable[[], Tensor]],
+) -> None:
+    """Append the predicted loss of removing units, which is no less than that of removing fewer."""
+    # What the order knows of a small matrix is found anew, and compared with no compensation.
+    each = (
+        (name, change() if consumer.weight.numel() > MANY else removal_change(consumer, units))
+        for (name, consumer), change in zip(consumers, changes)
+    )
+    new = predicted(curvature, each)
+    parts.append((max(new[0], parts[-1][0]), max(new[1], parts[-1][1])))
 
 
 def removal_change(consumer: Consumer, units: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from .._types import Batch, Evaluate, Loss, Quality
 from ..structures import Structure
 from . import measure
 from .budget import Budget
-from .candidates import Solver
 from .checks import mean_loss
 from .measure import Inputs
 from .recover import Recovery
+from .solver import Solver
 from .task import Forward
 
 Progress = Callable[[str, float, str], None]

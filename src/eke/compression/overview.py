@@ -18,12 +18,13 @@ from ..report import Calibrated
 from ..structures import Structure
 from .budget import Budget
 from .calibrate import Meter, Random, families_of
-from .candidates import STRUCTURES, Solver
+from .candidates import STRUCTURES
 from .checks import count_samples
 from .job import Progress
 from .plan import total
 from .prepare import Prepared, prepare
 from .recover import Recovery
+from .solver import Solver
 from .space import Space, explore
 from .tables import choices
 from .task import Task

@@ -23,7 +23,7 @@ from ..structures import Structure
 from . import apply, measure
 from .arguments import check_budgets
 from .budget import Budget
-from .candidates import STRUCTURES, Solver
+from .candidates import STRUCTURES
 from .checkpoint import Run, read_tensors, write_tensors
 from .checks import check_report
 from .deploy import set_memory_format_
@@ -35,6 +35,7 @@ from .prepare import Prepared, prepare
 from .recover import Recovery, Teacher, recover_
 from .result import Result
 from .rounds import Planned, attempts, plan_nested, plan_within
+from .solver import Solver
 from .space import Space, explore
 from .task import Forward, Task
 from .trial import differentiable

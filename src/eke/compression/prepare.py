@@ -19,13 +19,14 @@ from . import measure, pace
 from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
 from .budget import Budget
-from .candidates import STRUCTURES, Solver, default_solver
+from .candidates import STRUCTURES
 from .checkpoint import Run
 from .checks import check_batched, check_batches, check_task, shared_splits
 from .job import Job, Progress
 from .measure import Inputs
 from .original import check_module, check_sites, check_state, private_copy, without_history
 from .recover import Recovery
+from .solver import Solver, default_solver
 from .task import Forward, Task, cross_entropy, evaluating, split_batch
 from .task import forward as default_forward
 from .trial import check_called, check_gradients, check_runs, guarded

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linalg import Metric
 from ..structures import Structure
-from .candidates import Solver
+from .solver import Solver
 
 ENTRIES = 1 << 24
 """Entries of matrices that are kept: 64 MB in float32."""

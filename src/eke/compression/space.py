@@ -14,19 +14,21 @@ from typing import Any
 
 from torch import nn
 
+from .. import cost
 from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
 from .blocks import block_candidates, removable
 from .calibrate import Calibration, Meter, affordable, calibrate, plan_loss, share
-from .candidates import Decisions, Solver
+from .candidates import Decisions
 from .checkpoint import Run
 from .embeddings import embedding_candidates, embedding_sites
 from .factor import factorable
 from .job import Job
 from .plan import Term
 from .remember import Remembering
+from .solver import Solver
 from .task import evaluating
 from .timing import Timing
 
@@ -122,6 +124,7 @@ def explore(job: Job, run: Run) -> Space:
     found = run.get("candidates")
     if found is None:
         decisions = _proposed(job, groups, sites, curvature)
+        cost.give_back()
         run.put("candidates", candidates.to_json(decisions))
     else:
         decisions = candidates.from_json(found, groups, sites, job.structures)
@@ -187,6 +190,7 @@ def _modules(job: Job) -> list[str]:
 
 def _with_costs(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvature, decisions: Decisions) -> Space:
     calibration = _calibrated(job, run, sites, curvature, decisions)
+    cost.give_back()
     corrected = calibration.corrected(decisions)
     job.progress("costs", 0.0, "measuring changed nets in place")
     dimensions, counter = tables.shapes(job.model, decisions.widths), tables.Counter.of(decisions)

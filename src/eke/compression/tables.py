@@ -18,10 +18,11 @@ from torch import nn
 from ..sites import find
 from ..structures import LowRank
 from .artifact import stored_bits
-from .candidates import Block, Decisions, Forms, Widths, fitting
+from .candidates import Block, Decisions, Forms, Widths
 from .deploy import Pair
 from .graph import Table
 from .plan import Choice, Term
+from .solver import fitting
 
 HEADER_BYTES = 90.0
 """Bytes that a stored tensor's entry in the file's header takes, about."""

@@ -17,13 +17,14 @@ from ..structures import NM, Both, LowRank, Rows, Structure, UniformGrid, Unstru
 from . import apply, measure
 from .artifact import Blueprint, stored_bits
 from .calibrate import Calibration, Meter
-from .candidates import Block, Forms, Widths, fitting
+from .candidates import Block, Forms, Widths
 from .checkpoint import Run
 from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
 from .result import Evidence
 from .rounds import Planned
+from .solver import fitting
 from .space import STATISTICS, Space
 from .spread import FEW
 from .task import evaluating

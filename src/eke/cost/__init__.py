@@ -15,7 +15,7 @@ from .latency import (
     paired_ratio,
     pinned_threads,
 )
-from .memory import peak_memory
+from .memory import give_back, peak_memory
 from .module_times import module_times
 from .storage import model_bytes, parameters, stored_bytes
 
@@ -29,6 +29,7 @@ __all__ = [
     "fewest_pairs",
     "flops",
     "flops_by_module",
+    "give_back",
     "interleave",
     "latency",
     "model_bytes",

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import cost
 from .._errors import suggest
 from .._types import Batch, Loss
 from ..sites import Site, open_
@@ -115,8 +116,11 @@ class Curvature:
                 for border in borders:
                     border.add(calls.get(border.name, []), samples, index)
                 seen += samples
+                # Or they would live through the next batch's passes.
+                calls, here = {}, []
                 if max_samples is not None and seen >= max_samples:
                     break
+            cost.give_back()
             # Sums become factors one by one: both of all sites at once would be the peak of a run.
             totals.reverse()
             known: dict[str, Factors] = {}
@@ -131,6 +135,7 @@ class Curvature:
                 for moment in moments:
                     moment.add(calls.get(moment.site.boundary, []), samples, number)
                 calls = {}
+            cost.give_back()
             known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..linalg import WIDE
+from ..linalg import MANY, WIDE
 from ..sites import Geometry, Site
 from .basis import Basis, gathered
 from .factors import Factors
@@ -18,8 +18,6 @@ from .rows import input_columns, lattice
 
 _CHUNK = 1 << 24
 """Entries of patches held at once: 64 MB in float32."""
-_FEW = 1 << 18
-"""Entries of a matrix from which memory and work decide how its gradients are summed."""
 
 
 @dataclass
@@ -49,7 +47,7 @@ class SiteTotals:
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
         """Add the gradient (m, n) of a batch's mean loss."""
         if self._gradient is None:
-            dtype = torch.float64 if gradient.numel() <= _FEW else torch.promote_types(gradient.dtype, torch.float32)
+            dtype = torch.float64 if gradient.numel() <= MANY else torch.promote_types(gradient.dtype, torch.float32)
             self._gradient = torch.zeros_like(gradient, dtype=dtype)
         self._gradient.add_(gradient, alpha=samples)
 
@@ -191,7 +189,7 @@ class MomentTotals:
             return True
         (m, n), groups = self.site.shape, self.site.groups
         m //= groups
-        return groups * m * n > _FEW and locations * (m * m + n * n) < m * n * (m + n)
+        return groups * m * n > MANY and locations * (m * m + n * n) < m * n * (m + n)
 
     def _rows(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Return output gradients (samples, groups, locations, m / groups) and inputs (..., n) of one call."""

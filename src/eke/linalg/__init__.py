@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .metric import WIDE, Metric, cholesky, damped, damped_cholesky, finite
+from .metric import MANY, WIDE, Metric, cholesky, damped, damped_cholesky, finite
 
-__all__ = ["WIDE", "Metric", "cholesky", "damped", "damped_cholesky", "finite"]
+__all__ = ["MANY", "WIDE", "Metric", "cholesky", "damped", "damped_cholesky", "finite"]

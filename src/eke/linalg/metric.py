@@ -9,6 +9,7 @@ they derive from it (`derived`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
+MANY = 1 << 18
+"""Entries of a matrix from which a method may be replaced by one that takes less memory or time."""
 WIDE = 1280
 """Rows or columns from which a method may be replaced by one that scales better; its docstring says by which."""
 
@@ -195,10 +198,14 @@ def finite(matrix: Tensor, *, what: str = "The solver") -> Tensor:
 def _check_factor(name: str, factor: Tensor) -> None:
     if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
         raise ValueError(f"Metric.{name} must be a square matrix, got shape {tuple(factor.shape)}.")
-    if not bool(torch.isfinite(factor).all()):
+    if not factor.numel():
+        return
+    ends = [float(end) for end in factor.aminmax()]
+    if not all(map(math.isfinite, ends)):
         raise ValueError(f"Metric.{name} has {int((~torch.isfinite(factor)).sum())} entries that are not finite.")
-    asymmetry = float((factor - factor.T).abs().max()) if factor.numel() else 0.0
-    if asymmetry > 1e-4 * float(factor.abs().max()):
-        raise ValueError(f"Metric.{name} must be symmetric, its entries differ by up to {asymmetry:.3g}.")
+    if not torch.equal(factor, factor.T):
+        asymmetry = float((factor - factor.T).abs().max())
+        if asymmetry > 1e-4 * max(map(abs, ends)):
+            raise ValueError(f"Metric.{name} must be symmetric, its entries differ by up to {asymmetry:.3g}.")
     if bool((factor.diagonal() < 0).any()):
         raise ValueError(f"Metric.{name} needs a diagonal >= 0, got {float(factor.diagonal().min()):.3g}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .admm import admm
-from .low_rank import weighted_low_rank
+from .low_rank import weighted_factors, weighted_low_rank
 from .reconstruct import reconstruct
 from .refit import refit
 from .removal import Consumer, Removal, RemovalOrder, greedy_removal, removal_scores, remove_columns
@@ -25,5 +25,6 @@ __all__ = [
     "revisit",
     "sweep",
     "swept",
+    "weighted_factors",
     "weighted_low_rank",
 ]

@@ -73,7 +73,7 @@ def swept(structure: Sweepable, weight: Tensor, metric: Metric, *, damping: floa
     """Return the better of the sweep alone and of the weighted projection, as some rows have it: for large matrices.
 
     Args:
-        structure: Structure with `project` and `by_columns`.
+        structure: Structure with `by_columns`, whose rule gives the projection's columns.
         weight: W (m, n).
         metric: Measures the change.
         damping: Of A, relative to its mean diagonal.
@@ -85,11 +85,10 @@ def swept(structure: Sweepable, weight: Tensor, metric: Metric, *, damping: floa
     w = finite(weight, what="sweep")
     # Scales and supports in the precision that members are stored in.
     source = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    score = metric.score((weight.shape[0], weight.shape[1])).to(source.dtype)
-    found = _sweep(w, metric, structure.by_columns(source, score), damping).to(source.dtype)
-    if not isinstance(structure, Structure):
-        return found
-    projected = structure.project(source, score)
+    rule = structure.by_columns(source, metric.score((weight.shape[0], weight.shape[1])).to(source.dtype))
+    found = _sweep(w, metric, rule, damping).to(source.dtype)
+    columns = source.T.contiguous()
+    projected = torch.stack([rule(column, j) for j, column in enumerate(columns)], 1)
     rows = torch.arange(0, w.shape[0], max(1, w.shape[0] // _ROWS), device=w.device)
     weights = None if metric.g is None else metric.g.diagonal()[rows]
     losses = []

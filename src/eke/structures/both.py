@@ -79,7 +79,8 @@ class Both:
         """Return the rule that rounds column j on the support of v to the grid that suits it."""
         support = self.first.support(v, score)
         rule = self.second.by_columns(torch.where(support, v, torch.zeros_like(v)), score)
-        return lambda column, j: rule(column * support[:, j], j)
+        columns = support.T.contiguous()
+        return lambda column, j: rule(column * columns[j], j)
 
     def encode(self, v: Tensor) -> dict[str, Tensor]:
         """Return v projected and packed: support, codes of kept entries row by row, scales; a member loses nothing."""

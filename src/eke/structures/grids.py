@@ -160,10 +160,15 @@ class UniformGrid:
         """Return the rule that rounds column j to the scales that suit v (m, n)."""
         _, scales = self.quantize(v, score)
         width = self.group or v.shape[1]
+        lines = scales.T.contiguous()
+        divisors = torch.where(lines > 0, lines, torch.ones_like(lines))
 
         def rule(column: Tensor, j: int) -> Tensor:
-            scale = scales[:, j // width, None].to(column.dtype)
-            return (self._round(column[:, None], scale) * scale)[:, 0]
+            scale = lines[j // width].to(column.dtype)
+            if self.code_bits == 1:
+                return torch.where(column < 0, -scale, scale)
+            codes = (column / divisors[j // width].to(column.dtype)).round_().clamp_(-self.top, self.top)
+            return codes.mul_(scale)
 
         return rule
 

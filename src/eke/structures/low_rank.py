@@ -119,7 +119,7 @@ class LowRank:
         Singular values are shared equally between them.
         """
         rank = self.rank_of((v.shape[0], v.shape[1]))
-        left, right = _leading(v.double(), rank)
+        left, right = leading(v.double(), rank)
         # One of the two has orthonormal vectors, the lengths of the other's are the singular values.
         root = (left.norm(dim=0) * right.norm(dim=1)).sqrt()
         share = root / torch.where(root > 0, root.square(), torch.ones_like(root))
@@ -165,15 +165,21 @@ class LowRank:
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
     """Return the closest matrix (m, n) of this rank in the Frobenius norm."""
-    left, right = _leading(matrix, rank)
+    left, right = leading(matrix, rank)
     nearest: Tensor = left @ right
     return nearest
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors (m, rank) and (rank, n) of the closest matrix of this rank.
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors of the closest matrix of a rank.
 
-    The smaller one, of the smaller side, has orthonormal vectors; the other holds the singular values.
+    Args:
+        matrix: (m, n), float64.
+        rank: At most min(m, n).
+
+    Returns:
+        (m, rank) and (rank, n), larger singular values first: those of a smaller rank are the first of these. That of
+        the smaller side has orthonormal vectors, the other holds the singular values.
     """
     rows, columns = matrix.shape
     if min(rows, columns) <= _SMALL:
@@ -182,7 +188,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             return u[:, :rank] * s[:rank], vh[:rank]
         return u[:, :rank], s[:rank, None] * vh[:rank]
     if rows > columns:
-        right, left = _leading(matrix.mT, rank)
+        right, left = leading(matrix.mT, rank)
         return left.mT, right.mT
     vectors = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(1)[:, :rank]
     return vectors, vectors.mT @ matrix

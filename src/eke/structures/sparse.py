@@ -19,6 +19,9 @@ from torch import Tensor
 from .packing import pack, packed_bytes, unpack
 from .structure import ColumnRule, Exactness, check_matrix, check_shape
 
+_SHORT = 512
+"""Entries of a line that are sorted; of a longer one the least that stays is selected."""
+
 
 class Sparse(Protocol):
     """A structure that is a choice of entries: what follows from its support."""
@@ -239,8 +242,12 @@ def _worth(structure: object, v: Tensor, score: Tensor | None) -> Tensor:
 
 def _largest(worth: Tensor, count: int) -> Tensor:
     """Return the `count` largest entries of each line, bool; ties keep the earlier."""
-    order = worth.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, True)
+    if worth.shape[1] <= _SHORT:
+        order = worth.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, True)
+    least = worth.kthvalue(worth.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, level = worth > least, worth == least
+    return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 def _check_density(structure: object, density: float) -> None:
