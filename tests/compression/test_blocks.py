@@ -412,3 +412,32 @@ def test_a_block_without_which_the_model_does_not_run_is_not_proposed():
     torch.manual_seed(0)
     model = Attribute().double().eval()
     assert names_in(model) == []
+
+
+class Counted(Branch):
+    """A branch that counts how often any of its copies runs."""
+
+    runs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counted.runs += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_over_before_a_block_begins_stands_in_only_where_it_is_called_once(times):
+    model, batches = residual(), data(6)
+    model.block.__class__ = Counted
+
+    def loss(net, batch):
+        return sum(cross_entropy(net, batch) for _ in range(times))
+
+    Counted.runs = 0
+    found = {b.name: b for b in block_candidates(model, loss, batches, BOTH)}
+    # Once for the slopes and once for the loss with everything; without the branch it is known where it is run once.
+    assert Counted.runs == 2 if times == 1 else Counted.runs >= 3 * times
+    for name, block in found.items():
+        slopes = torch.tensor([oracle_slope(model, name, x, y, block.kind) for x, y in samples_of(batches)])
+        predicted = 0.5 * float((times * slopes).square().mean()) + max(0.0, times * float(slopes.mean()))
+        wanted = max(predicted, times * increase(model, name, batches[0], block.kind))
+        assert block.loss == pytest.approx(wanted, rel=1e-6)

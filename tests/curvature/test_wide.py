@@ -134,6 +134,35 @@ def test_saving_keeps_a_part_of_a_basis(tmp_path):
     assert torch.equal(again.precondition("0", change, 0.1), found.precondition("0", change, 0.1))
 
 
+def test_second_moments_are_the_same_in_blocks(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7), nn.Tanh()).double()
+    data = [(torch.randn(5, 2, 9, dtype=torch.float64), torch.randn(5, dtype=torch.float64)) for _ in range(2)]
+    whole = Curvature.estimate(model, squared, data, sites=find(model)).factors("0")
+    monkeypatch.setattr(totals, "_BLOCK", 4)
+    found = Curvature.estimate(model, squared, data, sites=find(model)).factors("0")
+    for ours, theirs in ((found.a, whole.a), (found.g, whole.g)):
+        assert torch.equal(ours, ours.mT)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_many_directions_are_held_in_single_precision(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(40, 9, dtype=torch.float64)
+    moment = (x.mT @ x)[None]
+    values, vectors = bases.directions(moment)
+    monkeypatch.setattr(bases, "MANY", 80)
+    again, single = bases.directions(moment)
+    assert (vectors.dtype, single.dtype) == (torch.float64, torch.float32)
+    assert torch.equal(values, again)
+    torch.testing.assert_close(single.double(), vectors, rtol=0, atol=1e-7)
+    delta = torch.randn(1, 9, 9, dtype=torch.float64)
+    basis = bases.Basis(vectors, vectors, values[:, :, None] * values[:, None])
+    energies = bases.Basis(vectors, single, basis.moments).energies(delta)
+    assert energies.dtype == torch.float64
+    torch.testing.assert_close(energies, basis.energies(delta), rtol=1e-4, atol=1e-6)
+
+
 def test_rotating_rows_or_gradients_is_the_same(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7), nn.Tanh()).double()

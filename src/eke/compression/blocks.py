@@ -11,8 +11,9 @@ own loss there, u = sum over locations of <g, dy> is measured sample by sample, 
 the slope and the curvature along dy, without any approximation by factors. Along some dy the loss is flat only at its
 beginning (an output that is normalised afterwards does not change with its size until it is zero), so the model is run
 without each block once as well, and the larger of prediction and measurement counts. The kind that costs less is
-proposed. A block is none where the model does not run without it, or where channels can be cut on one side of it alone:
-its input could then not stand for its output.
+proposed; what is predicted to cost more than the other is seen to cost is not run. Blocks that are over before the one
+that is left out begins give what they gave with it. A block is none where the model does not run without it, or where
+channels can be cut on one side of it alone: its input could then not stand for its output.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -58,6 +60,22 @@ class _LeftOut(nn.Module):
 
     def _get_name(self) -> str:
         return "LeftOut"
+
+
+class _Given(nn.Module):
+    """What stands in for a module whose output is known.
+
+    Args:
+        output: A tensor, or one beside None.
+    """
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Return a copy of the output, which may be changed in place."""
+        return self.output.clone() if isinstance(self.output, Tensor) else (self.output[0].clone(), None)
 
 
 def leave_out_(model: nn.Module, name: str, kind: BlockKind) -> None:
@@ -153,13 +171,55 @@ def _keep_shape(model: nn.Module, names: Sequence[str], call: Callable[[nn.Modul
 @contextmanager
 def _without(model: nn.Module, name: str, kind: BlockKind) -> Iterator[None]:
     """Leave a module out as long as the context lasts."""
-    parent, _, attribute = name.rpartition(".")
-    kept = model.get_submodule(name)
-    leave_out_(model, name, kind)
+    with _standing_in(model, {name: _LeftOut(kind)}):
+        yield
+
+
+@contextmanager
+def _standing_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in the place of others as long as the context lasts."""
+    places = [(model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2]) for name in modules]
+    kept = [children[attribute] for children, attribute in places]
     try:
+        for (children, attribute), module in zip(places, modules.values()):
+            children[attribute] = module
         yield
     finally:
-        model.get_submodule(parent)._modules[attribute] = kept
+        for (children, attribute), module_before in zip(places, kept):
+            children[attribute] = module_before
+
+
+def _earlier(
+    model: nn.Module, names: Sequence[str], run: Callable[[], float]
+) -> tuple[float, dict[str, dict[str, nn.Module]]]:
+    """Return what one run gives and, by module, what may stand in for those that are called once, before it begins."""
+    calls = dict.fromkeys(names, 0)
+    done: dict[str, nn.Module] = {}
+    before: dict[str, dict[str, nn.Module]] = {}
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(*_given: Any) -> None:
+            calls[name] += 1
+            before.setdefault(name, dict(done))
+
+        return hook
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            done[name] = _Given(output.clone() if isinstance(output, Tensor) else (output[0].clone(), None))
+
+        return hook
+
+    modules = [(name, model.get_submodule(name)) for name in calls]
+    handles = [module.register_forward_pre_hook(begin(name)) for name, module in modules]
+    handles += [module.register_forward_hook(end(name)) for name, module in modules]
+    try:
+        result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {name: {n: given for n, given in found.items() if calls[n] == 1} for name, found in before.items()}
+    return result, once
 
 
 def _runs_without(model: nn.Module, name: str, pair: bool, call: Callable[[nn.Module], Any]) -> bool:
@@ -217,21 +277,31 @@ def block_candidates(
             seen += samples
             if seen >= max_samples:
                 break
+    options = []
+    for name, kinds in along.items():
+        if kinds[0]:  # else the loss does not use it
+            terms = [_predicted(torch.cat(parts)) for parts in kinds]
+            options.append([Block(name, kind, sum(pair), pair[1]) for kind, pair in zip(_kinds(names[name]), terms)])
     with evaluating(private):
-        base = float(loss(private, first[0])) if first else 0.0
-        blocks = []
-        for name, kinds in along.items():
-            if not kinds[0]:
-                continue  # the loss does not use it
-            options = []
-            for kind, parts in zip(_kinds(names[name]), kinds):
-                bend, slope_there = _predicted(torch.cat(parts))
-                with _without(private, name, kind):
-                    increase = float(loss(private, first[0])) - base
-                cost = max(bend + slope_there, increase) if math.isfinite(increase) else math.inf
-                options.append(Block(name, kind, cost, slope_there))
-            blocks.append(min(options, key=lambda block: block.loss))
+        blocks = _seen(private, options, lambda: float(loss(private, first[0]))) if options else []
     return [block for block in blocks if math.isfinite(block.loss)]
+
+
+def _seen(model: nn.Module, options: Sequence[Sequence[Block]], run: Callable[[], float]) -> list[Block]:
+    """Return of each module's options the one that costs least, predicted or seen, whichever is more."""
+    base, earlier = _earlier(model, [kinds[0].name for kinds in options], run)
+    blocks = []
+    for kinds in options:
+        found: list[Block] = []
+        for option in sorted(kinds, key=lambda block: block.loss):
+            if any(option.loss >= block.loss for block in found):
+                break  # it cannot be the one that costs less
+            with _standing_in(model, {**earlier.get(option.name, {}), option.name: _LeftOut(option.kind)}):
+                increase = run() - base
+            cost = max(option.loss, increase) if math.isfinite(increase) else math.inf
+            found.append(replace(option, loss=cost))
+        blocks.append(min(found, key=lambda block: block.loss))
+    return blocks
 
 
 def _predicted(u: Tensor) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import WIDE
+from ..linalg import MANY, WIDE
 
 LEADING = 512
 """Directions of a wide factor that are told apart."""
@@ -31,7 +31,7 @@ class Basis:
     that is orthogonal to them.
 
     Args:
-        g_vectors: (groups, m / groups, p), float64, or float32 for a part.
+        g_vectors: (groups, m / groups, p), float64, or float32 where they are many.
         a_vectors: (groups, n, q), likewise.
         moments: (groups, p [+ 1], q [+ 1]), float64, curvature along g_vectors[:, :, i] a_vectors[:, :, j]^T.
     """
@@ -63,7 +63,8 @@ class Basis:
         float64; what is orthogonal to the directions is summed.
         """  # noqa: D205
         if not any(self.rest):
-            return self.rotate(blocks.double()).square_()
+            several = torch.float32 in (self.g_vectors.dtype, self.a_vectors.dtype)
+            return self.rotate(blocks.to(torch.float32 if several else torch.float64)).double().square_()
         blocks = blocks.to(torch.float32)
         turned_g, turned_a = self.g_vectors.mT.to(blocks.dtype), self.a_vectors.to(blocks.dtype)
         right = blocks @ turned_a
@@ -154,7 +155,7 @@ def directions(moment: Tensor) -> tuple[Tensor, Tensor]:
     n = moment.shape[1]
     if n <= WIDE:
         values, vectors = torch.linalg.eigh(moment.double())
-        return values.clamp_min_(0), vectors.contiguous()
+        return values.clamp_min_(0), vectors.to(torch.float32 if n * n > MANY else torch.float64).contiguous()
     trace = moment.diagonal(dim1=1, dim2=2).double().sum(1)
     # With a mean eigenvalue of 1 nothing under- or overflows in float32.
     level = trace / n

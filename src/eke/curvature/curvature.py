@@ -130,13 +130,16 @@ class Curvature:
                     known[totals[-1].site.name] = value
                 totals.pop()
             moments = [MomentTotals(site, known[site.name]) for site in sites if site.name in known and again]
+            cost.give_back()
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)
                 for moment in moments:
                     moment.add(calls.get(moment.site.boundary, []), samples, number)
                 calls = {}
+            while moments:
+                moment = moments.pop()
+                known[moment.site.name] = moment.corrected()
             cost.give_back()
-            known |= {moment.site.name: moment.corrected() for moment in moments}
         if index < 0:
             raise ValueError(
                 "Curvature.estimate got 0 batches; an iterator that was read before is empty: pass a list or a loader."

@@ -2,7 +2,8 @@
 
 The copy's parameters need no gradient: recorded outputs are the variables of differentiation, so the backward pass
 computes gradients at sites and no weight gradient. Every recorded output is handed on as a clone, because an operation
-in place after it would otherwise change what is differentiated.
+in place after it would otherwise change what is differentiated; of the output itself only its place in the graph is
+kept, so it takes no memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._types import Batch, Loss
 
@@ -25,6 +27,20 @@ class Call:
     x: Tensor
     gradient: Tensor
     output: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module was called: its input, the version of that, its output's place in the graph, and its output.
+
+    The output is without data unless it is kept.
+    """
+
+    x: Tensor
+    version: int
+    edge: GradientEdge
+    output: Tensor
+    device: torch.device
 
 
 class Recorder:
@@ -40,7 +56,7 @@ class Recorder:
         self._outputs = outputs
         self._model = model
         self._names = tuple(dict.fromkeys(names))
-        self._calls: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+        self._calls: dict[str, list[_Place]] = {}
         self._samples: int | None = None
         self._copied: set[str] = set()
         self._handles: list[Any] = []
@@ -83,18 +99,18 @@ class Recorder:
             raise ValueError(
                 f"The loss of batch {index} is {float(value.detach())}; check that batch and the model's outputs."
             )
-        places = [(name, x, output) for name, calls in self._calls.items() for x, _, output in calls]
+        places = [(name, place) for name, calls in self._calls.items() for place in calls]
         if not value.requires_grad or not places:
             raise ValueError(
                 f"The loss of batch {index} does not depend on the output of any of {list(self._names)} in a "
                 "differentiable way; call the model inside loss, without no_grad or detach."
             )
-        gradients = torch.autograd.grad(value, [output for _, _, output in places], allow_unused=True)
+        gradients = torch.autograd.grad(value, [place.edge for _, place in places], allow_unused=True)
         found: dict[str, list[Call]] = {}
-        for (name, x, output), gradient in zip(places, gradients):
-            here = torch.zeros_like(output) if gradient is None else gradient
-            found.setdefault(name, []).append(Call(x, here, output.detach() if self._outputs else None))
-        samples = self._samples if self._samples is not None else next(iter(places))[1].shape[0]
+        for (name, place), gradient in zip(places, gradients):
+            here = torch.zeros_like(place.output, device=place.device) if gradient is None else gradient
+            found.setdefault(name, []).append(Call(place.x, here, place.output if self._outputs else None))
+        samples = self._samples if self._samples is not None else places[0][1].x.shape[0]
         self._calls = {}
         return found, samples
 
@@ -104,7 +120,9 @@ class Recorder:
 
     def _overwritten(self) -> bool:
         """Return whether an input was changed in place after its module read it; such are copied from now on."""
-        stale = {name for name, calls in self._calls.items() if any(x._version != seen for x, seen, _ in calls)}
+        stale = {
+            name for name, calls in self._calls.items() if any(place.x._version != place.version for place in calls)
+        }
         self._copied |= stale
         return bool(stale)
 
@@ -125,7 +143,9 @@ class Recorder:
                 x = x.clone()
             if not output.requires_grad:
                 output.requires_grad_()
-            self._calls.setdefault(name, []).append((x, x._version, output))
+            kept = output.detach() if self._outputs else torch.empty_like(output, device="meta")
+            place = _Place(x, x._version, get_gradient_edge(output), kept, output.device)
+            self._calls.setdefault(name, []).append(place)
             return (output.clone(), *given[1:]) if several else output.clone()
 
         return record

@@ -18,6 +18,8 @@ from .rows import input_columns, lattice
 
 _CHUNK = 1 << 24
 """Entries of patches held at once: 64 MB in float32."""
+_BLOCK = 512
+"""Rows of a second moment that are computed together, with the columns up to the diagonal."""
 
 
 @dataclass
@@ -144,8 +146,9 @@ class MomentTotals:
 
     def __init__(self, site: Site, factors: Factors) -> None:
         self.site, self.factors = site, factors
-        self._basis = factors.eigenbasis()
-        self._sum = torch.zeros_like(self._basis.moments)
+        basis = factors.eigenbasis()
+        self._sum = torch.zeros_like(basis.moments)
+        self._basis = replace(basis, moments=self._sum)
         self._aa = self._gg = 0.0
         self._samples = 0
         self._active = 0.0
@@ -319,11 +322,14 @@ def _nothing(groups: int, size: int) -> Tensor:
 
 
 def _add_product(sums: Tensor, columns: Tensor, scale: float) -> None:
-    """Add scale * columns columns^T (groups, n, n) in place."""
-    if sums.dtype == columns.dtype:
-        sums.baddbmm_(columns, columns.mT, alpha=scale)
-    else:
-        sums.add_(columns @ columns.mT, alpha=scale)
+    """Add scale * columns columns^T (groups, n, n) in place; nothing that counts above the diagonal."""
+    for start in range(0, columns.shape[1], _BLOCK):
+        end = start + _BLOCK
+        here, rows, others = sums[:, start:end, :end], columns[:, start:end], columns[:, :end].mT
+        if sums.dtype == columns.dtype:
+            here.baddbmm_(rows, others, alpha=scale)
+        else:
+            here.add_(rows @ others, alpha=scale)
 
 
 def _computable(tensor: Tensor) -> Tensor:
@@ -332,7 +338,8 @@ def _computable(tensor: Tensor) -> Tensor:
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+    """Return the symmetric matrix of a lower triangle."""
+    return matrix.tril() + matrix.tril(-1).mT
 
 
 def _finite(name: str, what: str, tensor: Tensor, batch: int) -> None:
