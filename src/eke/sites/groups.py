@@ -1,10 +1,10 @@
 """Coupled channel groups of a model, every one of them proved.
 
 Attention heads (`heads`), hidden units of recurrent layers (`recurrent`) and, with Torch-Pruning, all other channels
-(`dependencies`) are proposed; a masked-against-cut comparison in float64 decides (`proof`). Channels whose readers
-Torch-Pruning places wrongly are followed by marking them (`taint`) and tried again. First each group alone, then all at
-once on inputs of the example's full shape; if the joint cut fails, groups are added one by one and the offenders are
-left out. One warning names what was left out and why.
+(`dependencies`) are proposed; a masked-against-cut comparison in float64 decides (`proof`), of many groups in few
+passes (`joint`). Channels whose readers Torch-Pruning places wrongly are followed by marking them (`taint`) and tried
+again. At the end all groups are cut at once on inputs of the example's full shape; where that fails, the groups that
+break it are left out. One warning names what was left out and why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from .._errors import suggest
 from .channels import ChannelGroup, NotCuttableError
 from .dependencies import Candidate, candidates
-from .heads import head_groups
+from .heads import LAYOUTS, counts_heads, head_groups
+from .joint import Joint
 from .proof import Bench, Inputs, call, cuda_devices, double_copy, prepare
 from .recurrent import hidden_groups
 from .site import unwrap
@@ -58,8 +59,9 @@ def channel_groups(
     inputs = _as_inputs(example_inputs)
     double = double_copy(model)
     full = prepare(double, inputs, seed=_SEED)
-    small, generator = full.smaller(inputs), torch.Generator().manual_seed(_SEED)
-    proved, failures = _prove_units(small, ignored, generator)
+    generator = torch.Generator().manual_seed(_SEED)
+    joint = Joint(full.smaller(inputs), generator)
+    proved, failures = _prove_units(joint, ignored)
     taken = frozenset(member.module_name for group in proved for member in group.producers)
     try:
         with torch.random.fork_rng(cuda_devices(double)):
@@ -72,9 +74,12 @@ def channel_groups(
         proposed = []
     for parameter in double.parameters():
         parameter.requires_grad_(False)
-    more, unproved = _prove_each(small, proposed, generator)
+    more, unproved = _prove_channels(joint, proposed)
+    coupled = dict(joint.separate())
+    failures += [(group.name, group.modules, reason) for group, reason in coupled.items()]
     order = {name: number for number, (name, _) in enumerate(double.named_modules())}
-    proved = sorted([*proved, *more], key=lambda group: order[group.modules[0]])
+    proved = [group for group in (*proved, *more) if group not in coupled]
+    proved.sort(key=lambda group: order[group.modules[0]])
     failures += unproved
     if proved:
         proved, late = prove_jointly(full, proved, generator)
@@ -83,30 +88,43 @@ def channel_groups(
     return proved
 
 
-def _prove_units(
-    where: Bench, ignored: Sequence[str], generator: torch.Generator
-) -> tuple[list[ChannelGroup], list[Failure]]:
+def _prove_units(joint: Joint, ignored: Sequence[str]) -> tuple[list[ChannelGroup], list[Failure]]:
     """Return the attention heads and hidden units of recurrent layers that are proved, and what is not."""
+    if not any(counts_heads(m) or isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in joint.where.model.modules()):
+        return [], []
+    marks = joint.where.single()
+    proved: list[ChannelGroup] = []
+    refused: dict[str, Failure] = {}
+    lost: dict[str, Failure] = {}
 
     def run(net: nn.Module) -> object:
-        return call(net, where.inputs)
+        return call(net, marks.inputs)
 
-    heads, without = head_groups(where.model, run)
-    hidden, others = hidden_groups(where.model, run)
-    proved: list[ChannelGroup] = []
-    failures: list[Failure] = [(name, (), why) for name, why in [*without, *others] if not _inside(name, ignored)]
-    for tries in [*heads, *([group] for group in hidden)]:
-        if any(_inside(name, ignored) for name in tries[0].modules):
-            continue
-        reasons = []
-        for group in tries:
-            reasons.append(where.prove([group], generator))
-            if not reasons[-1]:
-                proved.append(group)
-                break
-        else:
-            failures.append((tries[0].name, tries[0].modules, f"{tries[0].unit}: {reasons[0]}"))
-    return proved, failures
+    def prove(tries: Sequence[Sequence[ChannelGroup]]) -> None:
+        """Prove of each of the tries the first that holds."""
+        left = [list(groups) for groups in tries if not any(_inside(name, ignored) for name in groups[0].modules)]
+        while left:
+            first = [groups.pop(0) for groups in left]
+            reasons = joint.prove(first)
+            for group, reason in zip(first, reasons):
+                if reason:
+                    refused.setdefault(group.name, (group.name, group.modules, f"{group.unit}: {reason}"))
+                else:
+                    proved.append(group)
+            left = [groups for groups, reason in zip(left, reasons) if reason and groups]
+
+    for layout in LAYOUTS:
+        tries, without = head_groups(marks.model, run, layout=layout, without={group.name for group in proved})
+        prove(tries)
+        lost = {**{name: (name, (), why) for name, why in without}, **lost}
+        if not (refused.keys() | lost.keys()) - {group.name for group in proved}:
+            break
+    hidden, others = hidden_groups(marks.model, run)
+    prove([[group] for group in hidden])
+    lost |= {name: (name, (), why) for name, why in others}
+    done = {group.name for group in proved}
+    failures = {**{name: failure for name, failure in lost.items() if not _inside(name, ignored)}, **refused}
+    return proved, [failure for name, failure in failures.items() if name not in done]
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
@@ -116,33 +134,37 @@ def _inside(name: str, modules: Iterable[str]) -> bool:
 def prove_jointly(
     where: Bench, groups: Sequence[ChannelGroup], generator: torch.Generator
 ) -> tuple[list[ChannelGroup], list[Failure]]:
-    """Cut all groups at once; where that fails, leave out the groups that break it.
+    """Cut all groups at once; where that fails, leave out the groups that break it, found by halving.
 
     Args:
         where: The bench to prove on.
-        groups: Groups that were proved alone.
+        groups: Groups that were proved.
         generator: Chooses the units to keep.
 
     Returns:
         The groups that can be cut together, and (name, modules, reason) of the others.
     """
-    if not where.prove(groups, generator):
-        return list(groups), []
-    accepted: list[ChannelGroup] = []
+    accepted = list(groups)
     failures: list[Failure] = []
-    for group in groups:
-        if reason := where.prove([*accepted, group], generator):
-            failures.append((group.name, group.modules, f"together with the groups before it, {reason}"))
-        else:
-            accepted.append(group)
+    while accepted and (reason := where.prove(accepted, generator)):
+        low, high = 0, len(accepted)  # the first `low` groups hold together, the first `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            why = where.prove(accepted[:middle], generator)
+            low, high, reason = (low, middle, why) if why else (middle, high, reason)
+        group = accepted.pop(high - 1)
+        failures.append((group.name, group.modules, f"together with the groups before it, {reason}"))
     return accepted, failures
 
 
-def _prove_each(
-    where: Bench, proposed: Sequence[Candidate], generator: torch.Generator
-) -> tuple[list[ChannelGroup], list[Failure]]:
+def _prove_channels(joint: Joint, proposed: Sequence[Candidate]) -> tuple[list[ChannelGroup], list[Failure]]:
+    """Return the groups that are proved; parts of one layer's channels alone, as they may be bound to each other."""
     proved: list[ChannelGroup] = []
     failures: list[Failure] = []
+    marks: list[Bench] = []
+    usable = [candidate for candidate in proposed if not candidate.silent and not candidate.reason]
+    whole = [group for c in usable if len(c.groups) == 1 for group in c.groups if group.size > 1]
+    known = dict(zip(whole, joint.prove(whole)))
     for candidate in proposed:
         if candidate.silent:
             continue
@@ -150,30 +172,30 @@ def _prove_each(
             failures.append((candidate.root, candidate.modules, candidate.reason))
             continue
         cuttable = [group for group in candidate.groups if group.size > 1]
-        reasons = {group.name: where.prove([group], generator) for group in cuttable}
+        reasons = {group: known[group] if group in known else joint.alone(group) for group in cuttable}
         paired = candidate.paired
-        if any(reasons.values()) and paired is not None and paired.size > 1:
-            reason = where.prove([paired], generator)
+        if any(reasons.values()) and paired is not None and paired.size > 1 and not joint.alone(paired):
+            proved.append(paired)
+            continue
+        for group, reason in reasons.items():
             if not reason:
-                proved.append(paired)
-                continue
-        for group in cuttable:
-            if not reasons[group.name]:
                 proved.append(group)
-            elif (marked := _followed(where, group)) is not None and not where.prove([marked], generator):
+                continue
+            marks = marks or [joint.where.single()]
+            if (marked := _followed(marks[0], group)) is not None and not joint.alone(marked):
                 proved.append(marked)
             else:
-                failures.append((group.name, group.modules, reasons[group.name]))
+                failures.append((group.name, group.modules, reason))
     return proved, failures
 
 
-def _followed(where: Bench, group: ChannelGroup) -> ChannelGroup | None:
+def _followed(marks: Bench, group: ChannelGroup) -> ChannelGroup | None:
     """Return a group with the same producers, its other members found by marking the channels; None if they mix."""
     units = torch.arange(group.size)
     sources = {member.module_name: (units, member.indices) for member in group.producers}
     try:
-        held = follow(where.model, lambda net: call(net, where.inputs), sources, strict=True)
-        readers = reading_members(where.model, held)
+        held = follow(marks.model, lambda net: call(net, marks.inputs), sources, strict=True)
+        readers = reading_members(marks.model, held)
     except (MixedError, NotCuttableError):
         return None
     if not any(member.axes.matrix for member in readers):

@@ -10,7 +10,7 @@ head of keys and values with all its heads of queries. The matrix that reads the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from .taint import BOTH, MIXING, MixedError, follow, reading_members, split_by_s
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads", "nh")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size", "d_kv", "d_head")
-_FUSED = ("by part", "by head")
+LAYOUTS = ("by part", "by head")
+"""How the heads may lie in a projection that makes queries, keys and values, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +49,46 @@ class _Attention:
     counted: tuple[tuple[str, int], tuple[str, int]]
 
 
+def counts_heads(module: nn.Module) -> bool:
+    """Return whether a module has a number of heads or their size, as attentions do."""
+    return not _integers(module).keys().isdisjoint((*_HEADS, *_SIZES))
+
+
 def head_groups(
-    model: nn.Module, call: Callable[[nn.Module], object]
+    model: nn.Module, call: Callable[[nn.Module], object], *, layout: str, without: Collection[str] = ()
 ) -> tuple[list[list[ChannelGroup]], list[tuple[str, str]]]:
-    """Propose the heads of every attention.
+    """Propose the heads of every attention, if its projections lie in one layout.
 
     Args:
         model: In evaluation mode.
         call: Runs the model on example inputs.
+        layout: One of `LAYOUTS`; of the second only attentions with a fused projection are proposed.
+        without: Names of attentions to leave out.
 
     Returns:
         For each attention the groups to be tried, in this order, of which one may hold; and (module, reason) where
         there is none.
     """  # noqa: DOC501
     order = _call_order(model, call)
-    found: dict[str, list[ChannelGroup]] = {}
-    failures: dict[str, str] = {}
-    for layout in _FUSED:
-        seen = [a for name, m in model.named_modules() if (a := _recognised(model, name, m, order, layout)) is not None]
-        seen = [a for a in seen if layout == _FUSED[0] or any(len(r) * a.size < r.numel() for r in a.layers.values())]
-        if not seen:
-            continue
-        for attention, held in _followed(model, call, seen):
-            try:
-                if isinstance(held, MixedError):
-                    raise held
-                readers = reading_members(model, held)
-                if not any(member.axes.matrix for member in readers):
-                    raise MixedError("no matrix reads its heads")
-                found.setdefault(attention.name, []).extend(_groups(model, attention, readers))
-            except (MixedError, NotCuttableError) as error:
-                failures.setdefault(attention.name, str(error))
-    return list(found.values()), [(name, why) for name, why in failures.items() if name not in found]
+    seen = []
+    for name, module in model.named_modules():
+        found = None if name in without else _recognised(model, name, module, order, layout)
+        fused = found is not None and any(len(rows) * found.size < rows.numel() for rows in found.layers.values())
+        if found is not None and (fused or layout == LAYOUTS[0]):
+            seen.append(found)
+    tries: list[list[ChannelGroup]] = []
+    failures: list[tuple[str, str]] = []
+    for attention, held in _followed(model, call, seen) if seen else ():
+        try:
+            if isinstance(held, MixedError):
+                raise held
+            readers = reading_members(model, held)
+            if not any(member.axes.matrix for member in readers):
+                raise MixedError("no matrix reads its heads")
+            tries.append(_groups(model, attention, readers))
+        except (MixedError, NotCuttableError) as error:
+            failures.append((attention.name, str(error)))
+    return tries, failures
 
 
 def _followed(

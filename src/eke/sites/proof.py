@@ -33,7 +33,7 @@ _TOLERANCE = 1e-6
 _VISIBLE = 1e-8
 _SMALLER = ((2, 32), (2, 64), (1, None))  # samples, image size
 _DRAWS = 4
-_INVISIBLE = "cutting has no visible effect on the outputs, so it cannot be proved"
+INVISIBLE = "cutting has no visible effect on the outputs, so it cannot be proved"
 
 
 def call(model: nn.Module, inputs: Inputs) -> object:
@@ -205,9 +205,9 @@ def _set(module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
         module._parameters[attribute] = parameter
 
 
-def random_keep(group: ChannelGroup, generator: torch.Generator) -> list[int]:
-    """Return 40 to 60 % of a group's units, ascending, at least one and not all."""
-    share = 0.4 + 0.2 * torch.rand((), generator=generator).item()
+def random_keep(group: ChannelGroup, generator: torch.Generator, *, spread: float = 0.1) -> list[int]:
+    """Return half of a group's units, give or take a share `spread`, ascending, at least one and not all."""
+    share = 0.5 + spread * (2 * torch.rand((), generator=generator).item() - 1)
     number = min(max(1, round(share * group.size)), group.size - 1)
     return sorted(torch.randperm(group.size, generator=generator)[:number].tolist())
 
@@ -228,33 +228,53 @@ class Bench:
     outputs: tuple[Tensor, ...]
     inputs_seed: int
 
-    def failure(self, choices: Sequence[Choice]) -> str:
+    def failure(self, choices: Sequence[Choice], *, least: float = 1.0) -> str:
         """Compare masked and cut; return '' if the cut is proved, else what went wrong.
 
         Args:
             choices: Groups with the units to keep, all cut at once.
+            least: Effect that the difference is held against where it is smaller than that of the mask.
 
         Returns:
             A reason for people.
         """
+        after = self.cut_outputs(choices)
+        if isinstance(after, str):
+            return after
+        with masked(self.model, choices):
+            before = run(self.model, self.inputs)
+        return self.verdict(before, after, least=least)
+
+    def cut_outputs(self, choices: Sequence[Choice]) -> tuple[Tensor, ...] | str:
+        """Return the outputs of the cut model, or why there are none."""
         for member in (member for group, _ in choices for member in group.members):
             sizes = [shape[dim] for (_, dim), shape in zip(member.axes.tensors, member.shapes)]
             if sizes and int(member.indices.max()) >= min(sizes):
                 return f"its channels could not be followed into {member.module_name}"
         try:
             with cut(self.model, choices):
-                after = run(self.model, self.inputs)
+                return run(self.model, self.inputs)
         except Exception as error:
             return f"the cut model does not run ({type(error).__name__}: {_first_line(error)})"
-        with masked(self.model, choices):
-            before = run(self.model, self.inputs)
+
+    def verdict(self, before: Sequence[Tensor], after: Sequence[Tensor], *, least: float = 1.0) -> str:
+        """Compare the outputs of the masked and of the cut model; return '' if they agree, else what went wrong.
+
+        Args:
+            before: Of the masked model.
+            after: Of the cut one.
+            least: Effect that the difference is held against where it is smaller than that of the mask.
+
+        Returns:
+            A reason for people.
+        """
         if [t.shape for t in after] != [t.shape for t in before]:
             return "the cut changes the shape of an output"
         effect = _difference(before, self.outputs)
         difference = _difference(after, before)
         if not effect > _VISIBLE:
-            return _INVISIBLE
-        if not difference <= _TOLERANCE * min(1.0, effect):
+            return INVISIBLE
+        if not difference <= _TOLERANCE * min(1.0, effect, least):
             return f"the cut model differs from the masked one by {difference:.1e} relative"
         return ""
 
@@ -272,7 +292,7 @@ class Bench:
         """
         for _ in range(_DRAWS):
             reason = self.failure([(group, random_keep(group, generator)) for group in groups])
-            if reason != _INVISIBLE:
+            if reason != INVISIBLE:
                 break
         return reason
 
@@ -292,6 +312,26 @@ class Bench:
             if not _dead(outputs):
                 return replace(self, inputs=inputs, outputs=outputs)
         return self
+
+    def single(self) -> Bench:
+        """Return a bench in float32, for passes that need no precision; itself if outputs are not finite there."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        halved = {tensor: tensor.detach().float() for tensor in tensors if tensor.dtype is torch.float64}
+        memo: dict[int, object] = {
+            id(old): nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            for old, new in halved.items()
+        }
+        inputs: Inputs = pytree.tree_map(
+            lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype is torch.float64 else leaf, self.inputs
+        )
+        try:
+            model = copy.deepcopy(self.model, memo)
+            outputs = run(model, inputs)
+        except Exception:
+            return self
+        if not all(bool(output.isfinite().all()) for output in outputs):
+            return self
+        return Bench(model, inputs, outputs, self.inputs_seed)
 
 
 def prepare(model: nn.Module, examples: Inputs, *, seed: int = 0) -> Bench:
