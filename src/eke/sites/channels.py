@@ -90,11 +90,13 @@ class Member:
         Returns:
             Surgery of its tensors and attributes.
         """
-        gone = set(self.indices[dropped].flatten().tolist())
+        gone = self.indices[dropped].flatten().tolist()
+        lengths = {shape[dim] for (_, dim), shape in zip(self.axes.tensors, self.shapes)}
+        left = {length: tuple(sorted(set(range(length)).difference(gone))) for length in lengths}
         slices, shapes = {}, {}
         for (attribute, dim), shape in zip(self.axes.tensors, self.shapes):
             name = self._full(attribute)
-            slices[name] = {dim: tuple(i for i in range(shape[dim]) if i not in gone)}
+            slices[name] = {dim: left[shape[dim]]}
             shapes[name] = shape
         counts = {a: (self._full(tensor), dim, unit) for a, tensor, dim, unit in self.axes.counts}
         return Surgery(slices, shapes, {self.module_name: counts} if counts else {})
@@ -140,13 +142,13 @@ class ChannelGroup:
         Raises:
             ValueError: if `keep` is empty, repeats a unit or names one that does not exist.
         """
-        kept = {int(unit) for unit in keep}
+        kept = set(map(int, keep))
         if not kept or len(kept) != len(keep) or min(kept) < 0 or max(kept) >= self.size:
             raise ValueError(
                 f"Channel group {self.name!r} has units 0 to {self.size - 1}; keep must name at least one, each once, "
                 f"got {sorted(kept)[:8]} ({len(keep)} entries)."
             )
-        return torch.tensor([unit for unit in range(self.size) if unit not in kept], dtype=torch.long)
+        return torch.tensor(sorted(set(range(self.size)) - kept), dtype=torch.long)
 
     def cut(self, keep: Sequence[int]) -> Surgery:
         """Return the surgery that leaves the units `keep`.

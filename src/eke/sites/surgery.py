@@ -8,9 +8,8 @@ groups of one model therefore combine by intersection, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,7 @@ class Surgery:
         Raises:
             ValueError: if they were made for different shapes, or nothing would be left of a dimension.
         """
-        slices: Slices = {}
+        cuts: dict[str, dict[int, list[tuple[int, ...]]]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         counts: Counts = {}
         for surgery in surgeries:
@@ -97,13 +96,12 @@ class Surgery:
                         f"The surgeries were made for different models: {name!r} has shape {shapes[name]} in one and "
                         f"{surgery.shapes[name]} in another."
                     )
-                mine = slices.setdefault(name, {})
+                mine = cuts.setdefault(name, {})
                 for dim, kept in by_dim.items():
-                    mine[dim] = tuple(sorted(set(mine[dim]).intersection(kept))) if dim in mine else kept
-                    if not mine[dim]:
-                        raise ValueError(f"The surgeries together leave nothing of dimension {dim} of {name!r}.")
+                    mine.setdefault(dim, []).append(kept)
             for module, attributes in surgery.counts.items():
                 counts.setdefault(module, {}).update(attributes)
+        slices = {name: {dim: _common(name, dim, kept) for dim, kept in by.items()} for name, by in cuts.items()}
         return Surgery(slices, shapes, counts)
 
     def apply_(self, model: nn.Module) -> None:
@@ -194,10 +192,19 @@ class Surgery:
         return cls(slices, shapes, counts)
 
 
+def _common(name: str, dim: int, cuts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(cuts) == 1:
+        return cuts[0]
+    left = tuple(sorted(set(cuts[0]).intersection(*cuts[1:])))
+    if not left:
+        raise ValueError(f"The surgeries together leave nothing of dimension {dim} of {name!r}.")
+    return left
+
+
 def _check_kept(name: str, shape: tuple[int, ...], dim: int, kept: tuple[int, ...]) -> None:
     if not 0 <= dim < len(shape):
         raise ValueError(f"Surgery cuts dimension {dim} of {name!r}, which has shape {shape}.")
-    if not kept or any(b <= a for a, b in pairwise(kept)) or kept[0] < 0 or kept[-1] >= shape[dim]:
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= shape[dim]:
         raise ValueError(
             f"Surgery needs ascending indices from 0 to {shape[dim] - 1} for dimension {dim} of {name!r}, "
             f"at least one, got {kept[:8]}{'...' if len(kept) > 8 else ''}."
