@@ -214,7 +214,7 @@ def test_what_a_block_holds_is_not_replaced_when_it_is_left_out():
 def test_effort_is_spared_where_something_is_learned_and_for_large_models(world, monkeypatch):
     sites, _, _ = world
     assert solver_room.default_solver(sites, learns=True) is solver_room.quick
-    assert solver_room.default_solver(sites, learns=False) is not solver_room.quick
+    assert solver_room.default_solver(sites, learns=False) is solver_room.careful
     work = sum(m * n * (m + n) for m, n in (site.shape for site in sites))
     monkeypatch.setattr(solver_room, "EFFORT", work - 1)
     assert solver_room.default_solver(sites, learns=False) is solver_room.quick

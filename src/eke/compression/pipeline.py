@@ -281,7 +281,7 @@ def _recovered(
     job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str
 ) -> tuple[nn.Module, Quality]:
     """Return the cut, recovered net on its grids, and the score that it had before recovery."""
-    planned = space.draft(plan.picks)
+    planned = space.last(plan.picks)
     net, form = planned.net, planned.blueprint
     apply.recalibrate_(net, lessons, forward=job.forward)
     early = job.score(planned.finished(), of="the cut model")

@@ -28,7 +28,7 @@ from .factor import factorable
 from .job import Job
 from .plan import Term
 from .remember import Remembering
-from .solver import Solver
+from .solver import Solver, careful, finest
 from .task import evaluating
 from .timing import Timing
 
@@ -53,6 +53,7 @@ class Space:
         lossless: Seconds of the untouched net in this layout.
         before: Costs of the original by resource.
         terms: Tables for the planner.
+        finish: Finds the members of the plan that is taken; None for `solver`.
     """
 
     model: nn.Module
@@ -65,11 +66,19 @@ class Space:
     lossless: Mapping[str, float]
     before: Mapping[str, float]
     terms: tuple[Term, ...]
+    finish: Solver | None = None
 
     def draft(self, picks: Mapping[str, int]) -> Draft:
         """Return the model of a plan before recovery."""
+        return self._draft(picks, self.solver)
+
+    def last(self, picks: Mapping[str, int]) -> Draft:
+        """Return the model of the plan that is taken, its members sought to the end where nothing is learned."""
+        return self._draft(picks, self.finish or self.solver)
+
+    def _draft(self, picks: Mapping[str, int], solver: Solver) -> Draft:
         return apply.draft(
-            self.model, self.decisions, picks, sites=self.sites, curvature=self.curvature, solver=self.solver,
+            self.model, self.decisions, picks, sites=self.sites, curvature=self.curvature, solver=solver,
             layout=self.layout,
         )  # fmt: skip
 
@@ -95,6 +104,7 @@ def explore(job: Job, run: Run) -> Space:
     Raises:
         ValueError: if nothing can be changed.
     """
+    finish = finest if job.solver is careful else None
     job = replace(job, solver=Remembering(job.solver))
     everything = find(job.model, skip=job.skip)
     tables_of_rows = embedding_sites(job.model, everything)
@@ -130,7 +140,7 @@ def explore(job: Job, run: Run) -> Space:
         decisions = candidates.from_json(found, groups, sites, job.structures)
     if not decisions.losses:
         raise ValueError(_nothing(job, sites))
-    return _with_costs(job, run, sites, curvature, decisions)
+    return replace(_with_costs(job, run, sites, curvature, decisions), finish=finish)
 
 
 def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], curvature: Curvature) -> Decisions:

@@ -53,7 +53,7 @@ def admm(
     metric.check(shape)
     w = finite(weight, what="admm")
     weights = metric.score(shape).double() if score else None
-    basis = _Basis(metric, w.shape[0])
+    basis: _Basis = metric.derived("admm", lambda: _Basis(metric, w.shape[0]))
     z = structure.project(w, weights)
     u = torch.zeros_like(w)
     best, least = z, metric.loss(z - w)

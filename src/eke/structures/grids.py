@@ -269,10 +269,8 @@ class UniformGrid:
         possible = (_trim(guess) == guess) & (guess * tops == peak) & (peak > 0)
         scale = scale.clone()
         open_lines = possible.any(1)
-        for column in range(self.top):
+        for column in possible.any(0).nonzero()[:, 0].tolist():
             index = (possible[:, column] & open_lines).nonzero()[:, 0]
-            if not index.numel():
-                continue
             tried = guess[index, column, None]
             exact = ((self._round(unit[index], tried) * tried == unit[index]) | (real[index] == 0)).all(1)
             scale[index[exact]] = tried[exact]
@@ -281,7 +279,7 @@ class UniformGrid:
 
 
 def _error(unit: Tensor, codes: Tensor, scale: Tensor, weigh: Tensor) -> Tensor:
-    return (weigh * (codes * scale - unit).square_()).sum(1, keepdim=True)
+    return (codes * scale).sub_(unit).square_().mul_(weigh).sum(1, keepdim=True)
 
 
 def _trim(scale: Tensor) -> Tensor:
