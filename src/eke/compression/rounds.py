@@ -22,6 +22,7 @@ from .plan import InfeasibleError, Plan, Term, choose, choose_nested, total
 from .result import describe
 from .space import Space
 from .task import evaluating
+from .unchanged import unchanged
 
 ALTERNATIVES = 4
 """Most plans for perturbed predictions that are carried out beside the planned one; one at least is."""
@@ -76,9 +77,9 @@ def plan_within(job: Job, space: Space, run: Run, *, limits: Mapping[str, float]
         job.progress("plan", (number - 1) / ROUNDS, f"round {number}")
         try:
             plan = _choose(space, correction, limits, first=number == 1)
-        except InfeasibleError:
+        except InfeasibleError as error:
             if best is None:
-                raise
+                raise InfeasibleError(*_explained(error, job, space), proved=error.proved) from None
             break
         after = _plan_costs(job, space, plan)
         measured_costs.append(after)
@@ -146,6 +147,12 @@ def _searched(
     return plan, f"{text}; kept the planned one"
 
 
+def _explained(error: InfeasibleError, job: Job, space: Space) -> tuple[str, Mapping[str, float]]:
+    """Return an error's message with what has no option, if it is certain that there is no plan, and the nearest."""
+    text = unchanged(job.model, space.decisions, skip=job.skip) if error.proved else ""
+    return f"{error}{text}", error.nearest
+
+
 def plan_nested(jobs: Sequence[Job], space: Space, *, limits: Sequence[Mapping[str, float]]) -> list[Planned]:
     """Find nested plans for several budgets, each within its limits by measurement.
 
@@ -166,7 +173,10 @@ def plan_nested(jobs: Sequence[Job], space: Space, *, limits: Sequence[Mapping[s
     for number in range(1, ROUNDS + 1):
         jobs[0].progress("plan", (number - 1) / ROUNDS, f"round {number}, {len(jobs)} nested budgets")
         wanted = [{name: limit * _MARGIN.get(name, 1.0) for name, limit in one.items()} for one in limits]
-        plans = choose_nested(decisions, _corrected(space, correction), limits=wanted)
+        try:
+            plans = choose_nested(decisions, _corrected(space, correction), limits=wanted)
+        except InfeasibleError as error:
+            raise InfeasibleError(*_explained(error, jobs[0], space), proved=error.proved) from None
         measured = [_plan_costs(job, space, plan) for job, plan in zip(jobs, plans)]
         for known, after in zip(measured_costs, measured):
             known.append(after)
