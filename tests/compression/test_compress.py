@@ -15,6 +15,7 @@ import eke
 from eke import Budget, Counts, compress, load
 from eke.compression import InfeasibleError, Recovery, Task, accuracy, cross_entropy
 from eke.compression.artifact import WEIGHTS
+from eke.compression.solver import quick as quick_solver
 from eke.structures import UniformGrid
 
 from .conftest import shorten_measurements
@@ -257,6 +258,20 @@ def test_a_skipped_module_keeps_its_channels_and_its_floats(quick, model):
 def test_no_recovery_is_a_choice(quick, model):
     result = run(model, recovery=Recovery(steps=0))
     assert result.met
+
+
+def test_recovery_that_makes_the_score_worse_is_set_aside(quick, model):
+    def unscored(**options):
+        return compress(model, batches(), loss=cross_entropy, budget=BUDGET, **options)
+
+    found = unscored(
+        recovery=Recovery(steps=30, learning_rate=0.01, match=lambda own, other: -(own - other).square().mean())
+    )
+    scores = found.evidence.scores
+    assert scores["selection after"] == pytest.approx(scores["before recovery"], abs=1e-5)
+    assert any("Recovery made the score of the selection split worse, by" in note for note in found.evidence.notes)
+    assert any("below 0.01" in note for note in found.evidence.notes)
+    assert same(state(found.model), state(unscored(recovery=Recovery(steps=0), solver=quick_solver).model))
 
 
 def test_parameters_can_be_limited(quick, model):

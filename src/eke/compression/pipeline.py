@@ -12,16 +12,18 @@ from __future__ import annotations
 import copy
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .. import cost
 from .._types import Batch, Evaluate, Loss, Quality
+from ..report import wording
 from ..structures import Structure
 from . import apply, measure
 from .arguments import check_budgets
+from .artifact import Blueprint
 from .budget import Budget
 from .candidates import STRUCTURES
 from .checkpoint import Run, read_tensors, write_tensors
@@ -112,9 +114,8 @@ def compress(
     with differentiable(), cost.pinned_threads(prepared.threads):
         selection = _selection(job, prepared.notes)
         space = explore(job, run)
-        found, net, early = _settled(job, space, run, selection)
-        scores = {"selection before": selection, "before recovery": early}
-        return _verified(prepared, space, (found, net), scores, recipe=recipe, title=title)
+        found, learned = _settled(job, space, run, selection)
+        return _verified(prepared, space, (found, learned), selection, recipe=recipe, title=title)
 
 
 def front(
@@ -184,10 +185,9 @@ def front(
         lessons = _lessons(job, prepared.run)
         results = []
         for one, found in zip(jobs, plans):
-            net, early = _recovered(one, space, found.plan, lessons, prepared.run, stage="recovery")
-            scores = {"selection before": selection, "before recovery": early}
+            learned = _recovered(one, space, found.plan, lessons, prepared.run, stage="recovery")
             own = replace(prepared, job=one, notes=list(prepared.notes))
-            results.append(_verified(own, space, (found, net), scores, recipe=None, title=title))
+            results.append(_verified(own, space, (found, learned), selection, recipe=None, title=title))
     points = tuple(result.front_point for result in results)
     return [replace(result, front=points) for result in results]
 
@@ -204,25 +204,39 @@ def _selection(job: Job, notes: list[str]) -> Quality:
 def _verified(
     prepared: Prepared,
     space: Space,
-    found: tuple[Planned, nn.Module],
-    scores: Mapping[str, Quality],
+    found: tuple[Planned, _Learned],
+    selection: Quality,
     *,
     recipe: Mapping[str, Any] | None,
     title: str | None,
 ) -> Result:
-    planned, net = found
+    planned, learned = found
     job = prepared.job
     blueprint = apply.blueprint(space.decisions, planned.plan.picks, space.layout)
-    evidence = verify(job, space, net, blueprint, found=planned, run=prepared.run, scores=scores, notes=prepared.notes)
+    scores = {"selection before": selection, "before recovery": learned.early, "selection after": learned.late}
+    evidence = verify(
+        job, space, learned.net, blueprint, found=planned, run=prepared.run, scores=scores,
+        notes=[*prepared.notes, *learned.notes],
+    )  # fmt: skip
     name = title or type(job.model).__name__
-    return Result(net, planned.plan, job.budget, blueprint, evidence, dict(recipe or {}), name)
+    return Result(learned.net, planned.plan, job.budget, blueprint, evidence, dict(recipe or {}), name)
 
 
-def _settled(job: Job, space: Space, run: Run, selection: Quality) -> tuple[Planned, nn.Module, Quality]:
+@dataclass(frozen=True)
+class _Learned:
+    """A cut, recovered net on its grids, and its scores on the selection split before and after recovery."""
+
+    net: nn.Module
+    early: Quality
+    late: Quality
+    notes: tuple[str, ...] = ()
+
+
+def _settled(job: Job, space: Space, run: Run, selection: Quality) -> tuple[Planned, _Learned]:
     """Carry out the first plan that keeps what was asked.
 
     Returns:
-        The plan, its recovered net, and the score that the net had before recovery.
+        The plan and its recovered net.
 
     Raises:
         InfeasibleError: if no plan keeps the limits that were asked for.
@@ -237,9 +251,9 @@ def _settled(job: Job, space: Space, run: Run, selection: Quality) -> tuple[Plan
             if job.budget.limited:
                 raise
             continue
-        net, early = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
-        settled = found, net, early
-        if job.budget.limited or _kept(job, selection, job.score(net, of="the compressed model")):
+        learned = _recovered(job, space, found.plan, lessons, run, stage=f"recovery-{number}")
+        settled = found, learned
+        if job.budget.limited or _kept(job, selection, learned.late):
             break
     if settled is None:
         raise ValueError(
@@ -277,14 +291,14 @@ def _lessons(job: Job, run: Run) -> Lessons:
     return lessons
 
 
-def _recovered(
-    job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str
-) -> tuple[nn.Module, Quality]:
-    """Return the cut, recovered net on its grids, and the score that it had before recovery."""
+def _recovered(job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *, stage: str) -> _Learned:
+    """Return the cut net, recovered unless recovery made it worse."""
     planned = space.last(plan.picks)
     net, form = planned.net, planned.blueprint
     apply.recalibrate_(net, lessons, forward=job.forward)
     early = job.score(planned.finished(), of="the cut model")
+    if not job.recovery.steps:
+        return _finished(job, planned, early)
     teacher = None
     if job.recovery.hidden:
         original = copy.deepcopy(job.model).eval().requires_grad_(False)
@@ -295,7 +309,7 @@ def _recovered(
     done = run.path(f"{stage}-done.safetensors")
     if done is not None and done.exists():
         net.load_state_dict(read_tensors(done)[0])
-    elif job.recovery.steps:
+    else:
         steps = job.recovery.steps
         recover_(
             net, lessons, job.recovery, forms=apply.on_structures(net, form.structures), members=planned.members,
@@ -304,9 +318,30 @@ def _recovered(
         )  # fmt: skip
         if done is not None:
             write_tensors(done, net.state_dict(), {})
-    else:
-        planned.finish_(net)
+    late = _deployed(job, net, form)
+    lost = measure.drop_between(early, late, limit=None)
+    if lost.points <= 0:
+        return _Learned(net, early, late)
+    # What is learned from few samples can cost more of what was known than it mends.
+    planned = space.last(plan.picks)
+    apply.recalibrate_(planned.net, lessons, forward=job.forward)
+    much = wording.difference(lost.points, lost.unit)
+    note = (
+        f"Recovery made the score of the selection split worse, by {much}, and was set aside: give it more calibration "
+        f"samples, or a learning rate below {job.recovery.learning_rate:g}."
+    )
+    return replace(_finished(job, planned, early), notes=(note,))
+
+
+def _finished(job: Job, planned: apply.Draft, early: Quality) -> _Learned:
+    """Return the net without recovery."""
+    planned.finish_(planned.net)
+    return _Learned(planned.net, early, _deployed(job, planned.net, planned.blueprint))
+
+
+def _deployed(job: Job, net: nn.Module, form: Blueprint) -> Quality:
+    """Return the score on the selection split; the net is packed for use, in place."""
     apply.deploy_(net, form)
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    return net, early
+    return job.score(net, of="the compressed model")

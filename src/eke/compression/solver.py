@@ -1,8 +1,8 @@
 """Finding members of structures: what a solver is, which one is used unless one is given, and asking one.
 
 A member V of a structure near a matrix W is sought in the metric 1/2 tr((V - W)^T G (V - W) A). Where recovery follows,
-one step finds a good start. Else a few steps of alternating directions price what may be done (they come within a fifth
-of the best that is known, where one step leaves twice as much), and only what is done at last is sought to the end.
+one step finds a good start. Else a few steps of alternating directions price what may be done (they leave about half of
+what one step does, and up to four times the best that is known), and only what is done at last is sought to the end.
 """
 
 from __future__ import annotations
