@@ -177,7 +177,7 @@ def explain_fvcore(eke: Counts, fvcore: Counts, unsupported: list[str]) -> Count
             if kind == "matrix" and not missing:  # attention that torch computed by matrix products
                 kind, missing = "attention", [op for op in unsupported if _belongs(op, "attention")]
             cause = f"no formula for {kind} ({', '.join(missing)})" if missing and rest > 0 else f"unexplained {kind}"
-            if missing == [] and 0 < abs(rest) <= 2e-3 * fvcore.get("einsum", 0):
+            if (missing == [] or rest < 0) and 0 < abs(rest) <= 2e-3 * fvcore.get("einsum", 0):
                 cause = "einsum is read off numpy's report, which has four digits"
             cause = FUSED if fused and kind in ("attention", "matrix") and rest > 0 else cause
             causes[cause] = causes.get(cause, 0) + rest
