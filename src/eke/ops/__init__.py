@@ -6,3 +6,7 @@
 
 Each operation is a folder; its `reference.py` is the specification that every other implementation must agree with.
 """
+
+from .ks_matmul import choose_algorithm, ks_chain_matmul, ks_matmul, ks_matmul_batch_last
+
+__all__ = ["choose_algorithm", "ks_chain_matmul", "ks_matmul", "ks_matmul_batch_last"]

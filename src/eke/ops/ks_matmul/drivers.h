@@ -45,22 +45,38 @@ i64 rows_at_once(const Factor& f, i64 batch, i64 threads) {
   return least(most(rows, 24), most(ceil_div(batch, threads), 1));
 }
 
+// Whether a call's inputs and outputs are beyond the second cache.
+inline bool is_cold(const Factor& f, i64 batch) { return batch * f.a * (f.b + f.c) * f.d > 4 * CACHE; }
+
+void tile_first(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool far) {
+  if (q.way == TINY) return tiny_first(q, x, xs, y, ys, n);
+  if (q.way == HELD) return held_first(q.f, x, xs, y, ys, n, far);
+  for (i64 i = 0; i < q.f.a; i++) block_first(q, i, x, xs, y, ys, n, nullptr);
+}
+
 void one_first(const Ready& q, const Call& c) {
   const Factor& f = q.f;
-  const i64 chunk = rows_at_once(f, c.batch, q.way == TINY || f.a < c.threads ? c.threads : 1);
-  const i64 chunks = ceil_div(c.batch, chunk), parts = q.way == TINY ? 1 : f.a, tasks = chunks * parts;
+  const bool cold = is_cold(f, c.batch), whole = q.way == TINY || q.way == HELD;
+  const i64 chunk = rows_at_once(f, c.batch, whole || f.a < c.threads ? c.threads : 1);
+  const i64 chunks = ceil_div(c.batch, chunk), parts = whole ? 1 : f.a, tasks = chunks * parts;
   const float* x = (const float*)c.x;
   float* y = (float*)c.y;
 #pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
   for (i64 t = 0; t < tasks; t++) {
     i64 n = t / parts * chunk, i = t % parts, rows = least(chunk, c.batch - n);
-    if (q.way == TINY) tiny_first(q, x + n * c.x_stride, c.x_stride, y + n * c.y_stride, c.y_stride, rows);
-    else block_first(q, i, x + n * c.x_stride, c.x_stride, y + n * c.y_stride, c.y_stride, rows);
+    const float* at = x + n * c.x_stride;
+    if (whole) {
+      tile_first(q, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold);
+    } else {
+      const float* next = i + 1 < f.a ? at + f.c * f.d : n + 2 * chunk <= c.batch ? x + (n + chunk) * c.x_stride : x;
+      block_first(q, i, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold ? next : nullptr);
+    }
   }
 }
 
 void one_last(const Ready& q, const Call& c) {
   const Factor& f = q.f;
+  const bool cold = is_cold(f, c.batch);
   const i64 chunk = most(COLS * W, CACHE / 2 / (f.b + f.c) / (COLS * W) * (COLS * W));
   const i64 chunks = ceil_div(c.batch, chunk), tasks = chunks * f.a * f.d;
   const float* x = (const float*)c.x;
@@ -68,18 +84,13 @@ void one_last(const Ready& q, const Call& c) {
 #pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
   for (i64 t = 0; t < tasks; t++) {
     i64 n = t / (f.a * f.d) * chunk, i = t / f.d % f.a, j = t % f.d;
-    group_last(q, i, j, x + n, c.x_stride, y + n, c.y_stride, least(chunk, c.batch - n));
+    group_last(q, i, j, x + n, c.x_stride, y + n, c.y_stride, least(chunk, c.batch - n), cold);
   }
 }
 
-void tile_first(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n) {
-  if (q.way == TINY) return tiny_first(q, x, xs, y, ys, n);
-  for (i64 i = 0; i < q.f.a; i++) block_first(q, i, x, xs, y, ys, n);
-}
-
-void tile_last(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n) {
+void tile_last(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool) {
   for (i64 i = 0; i < q.f.a; i++)
-    for (i64 j = 0; j < q.f.d; j++) group_last(q, i, j, x, xs, y, ys, n);
+    for (i64 j = 0; j < q.f.d; j++) group_last(q, i, j, x, xs, y, ys, n, false);
 }
 
 // A tile of the batch through all factors, between two scratch buffers, with a bias and a clip at the end.
@@ -87,6 +98,7 @@ void through(const Call& c, const Ready* q, i64 n, i64 count, float* left, float
   const bool last = c.layout == LAST, wide = c.type == FLOAT32;
   const i64 in = q[0].f.a * q[0].f.c * q[0].f.d, end = c.factors - 1, out = q[end].f.a * q[end].f.b * q[end].f.d;
   const i64 inner = last ? count : widest;
+  const bool far = !c.bias && !c.relu && is_cold(q[end].f, c.batch);
   const float* from = (const float*)c.x + (last ? n : n * c.x_stride);
   i64 from_stride = c.x_stride;
   if (!wide) {
@@ -100,7 +112,7 @@ void through(const Call& c, const Ready* q, i64 n, i64 count, float* left, float
     bool direct = s == end && wide;
     float* to = direct ? (float*)c.y + (last ? n : n * c.y_stride) : next;
     i64 to_stride = direct ? c.y_stride : inner;
-    (last ? tile_last : tile_first)(q[s], from, from_stride, to, to_stride, count);
+    (last ? tile_last : tile_first)(q[s], from, from_stride, to, to_stride, count, direct && far);
     from = to;
     from_stride = to_stride;
     next = to == left ? right : left;
@@ -150,7 +162,7 @@ int forward(const Call& c) {
     const Factor& f = c.factor[s];
     const bool last = c.layout == LAST;
     const i64 size = (i64)packed_size(f, (int)c.layout);
-    ready[s] = Ready{f, !last && is_tiny(f) ? TINY : size ? PACKED : DIRECT, at};
+    ready[s] = Ready{f, last ? (size ? PACKED : DIRECT) : is_tiny(f) ? TINY : is_held(f) ? HELD : size ? PACKED : DIRECT, at};
     float* out = at;
     if (ready[s].way == TINY) pack_tiny(f, out);
     else if (ready[s].way == PACKED) {
@@ -179,7 +191,7 @@ void gradient_block(const Gradient& c, i64 i, i64 part, i64 parts) {
       bool ends = t + (columns - 1) * period == total - 1;
       Job j = {c.g + n * c.g_stride + i * f.b * f.d + h.offset, f.d, c.g_stride, &h,
                c.x + n * c.x_stride + i * width + t * W, c.x_stride, period * W, least(chunk, c.batch - n),
-               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false};
+               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false, false, nullptr, 0, 0, 0};
       run(j, (int)columns);
     });
   }

@@ -1,8 +1,9 @@
 // One factor on a tile of the batch: packing its entries, and the product in both layouts.
 namespace {
 
-// How a factor is run: entries packed in panels; entries read where they are; several super-blocks in one vector.
-enum { PACKED, DIRECT, TINY };
+// How a factor is run: entries packed in panels; entries read where they are; whole super-blocks in one vector; all
+// entries of sixteen neighbouring groups in registers.
+enum { PACKED, DIRECT, TINY, HELD };
 
 struct Ready {
   Factor f;
@@ -10,7 +11,10 @@ struct Ready {
   float* packed;
 };
 
-inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f.c) * f.d <= W / 2; }
+inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f.c) * f.d <= W; }
+inline bool is_held(const Factor& f) {
+  return f.sd == 1 && f.d % W == 0 && most(f.b, f.c) <= (W == 16 ? 4 : 2);
+}
 inline i64 tiny_blocks(const Factor& f) { return W / (most(f.b, f.c) * f.d); }
 
 inline size_t packed_size(const Factor& f, int layout) {
@@ -20,23 +24,36 @@ inline size_t packed_size(const Factor& f, int layout) {
   return (size_t)(f.a * ceil_div(f.b * f.d, W) * f.c * W);
 }
 
+// Where (l, j) run along memory and W / D outputs share a vector: square transposes.
+template <int D> void pack_turned(const Factor& f, const float* w, i64 total, float* out) {
+  constexpr i64 N = W / D;
+  panels(total, f.d, [&](const Phase&, i64 t, i64 columns) {
+    for (i64 v = 0; v < columns; v++) {
+      i64 k = (t + v) * N, l = 0;
+      if (k + N <= f.b)
+        for (; l + N <= f.c; l += N)
+          transpose<D>(w + k * f.sb + l * D, f.sb, out + l * columns * W + v * W, columns * W);
+      for (; l < f.c; l++)
+        for (i64 e = 0; e < W; e++) {
+          const float* s = w + (k + e / D) * f.sb + l * D + e % D;
+          out[(l * columns + v) * W + e] = k + e / D < f.b ? *s : 0.0f;
+        }
+    }
+    out += columns * f.c * W;
+  });
+}
+
 // Entries of super-block i in the order in which the tiles read them: panels, then l, then lanes; padded with zeros.
 void pack_first(const Factor& f, i64 i, float* out, float* line) {
   const float* w = f.w + i * f.sa;
   const i64 width = f.b * f.d, total = ceil_div(width, W), period = period_of(f.d);
   out += i * total * f.c * W;
-  if (f.d == 1 && f.sc == 1) {
-    panels(total, f.d, [&](const Phase&, i64 t, i64 columns) {
-      for (i64 v = 0; v < columns; v++) {
-        i64 k = (t + v) * W, l = 0;
-        if (k + W <= f.b)
-          for (; l + W <= f.c; l += W) transpose(w + k * f.sb + l, f.sb, out + l * columns * W + v * W, columns * W);
-        for (; l < f.c; l++)
-          for (i64 e = 0; e < W; e++) out[(l * columns + v) * W + e] = k + e < f.b ? w[(k + e) * f.sb + l] : 0.0f;
-      }
-      out += columns * f.c * W;
-    });
-    return;
+  if (f.sc == f.d && (f.sd == 1 || f.d == 1)) {
+    if (f.d == 1) return pack_turned<1>(f, w, total, out);
+    if constexpr (TURNS) {
+      if (f.d == 2) return pack_turned<2>(f, w, total, out);
+      if (f.d == 4) return pack_turned<4>(f, w, total, out);
+    }
   }
   const bool whole = f.sd == 1 && (f.sb == f.d || f.b == 1);
   for (i64 t = 0; t < W; t++) line[total * W - W + t] = 0.0f;
@@ -81,13 +98,26 @@ void pack_tiny(const Factor& f, float* out) {
 
 // Batch last: entries of (i, j) as a dense (b, c) matrix.
 void pack_last(const Factor& f, i64 i, float* out) {
-  out += i * f.d * f.b * f.c;
-  for (i64 k = 0; k < f.b; k++)
-    for (i64 l = 0; l < f.c; l++) {
-      const float* s = f.w + i * f.sa + k * f.sb + l * f.sc;
-      float* o = out + k * f.c + l;
-      for (i64 j = 0; j < f.d; j++) o[j * f.b * f.c] = s[j * f.sd];
-    }
+  const i64 size = f.b * f.c;
+  out += i * f.d * size;
+  for (i64 k = 0; k < f.b; k++) {
+    const float* w = f.w + i * f.sa + k * f.sb;
+    float* o = out + k * f.c;
+    i64 l = 0;
+    if (f.sd == 1 && f.d >= W)
+      for (; l + W <= f.c; l += W) {
+        i64 j = 0;
+        for (; j + W <= f.d; j += W) transpose<1>(w + l * f.sc + j, f.sc, o + j * size + l, size);
+        for (; j < f.d; j++)
+          for (i64 e = l; e < l + W; e++) o[j * size + e] = w[e * f.sc + j];
+      }
+    if (f.d < 8)
+      for (i64 j = 0; j < f.d; j++)
+        for (i64 e = l; e < f.c; e++) o[j * size + e] = w[e * f.sc + j * f.sd];
+    else
+      for (; l < f.c; l++)
+        for (i64 j = 0; j < f.d; j++) o[j * size + l] = w[l * f.sc + j * f.sd];
+  }
 }
 
 template <int C> void tiny_rows(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n) {
@@ -149,15 +179,72 @@ void tiny_first(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n)
   }
 }
 
-// Super-block i of one factor, batch first: n rows.
-void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys, i64 n) {
+template <int B, int C> void held_rows(const Factor& f, const float* x, i64 xs, float* y, i64 ys, i64 n, bool stream) {
+  const i64 d = f.d;
+  for (i64 i = 0; i < f.a; i++)
+    for (i64 j = 0; j < d; j += W) {
+      vec w[B][C];
+#pragma GCC unroll 4
+      for (int k = 0; k < B; k++)
+#pragma GCC unroll 4
+        for (int l = 0; l < C; l++) w[k][l] = load(f.w + i * f.sa + k * f.sb + l * f.sc + j);
+      const float* p = x + i * C * d + j;
+      float* o = y + i * B * d + j;
+      for (i64 r = 0; r < n; r++, p += xs, o += ys) {
+        vec s[B];
+#pragma GCC unroll 4
+        for (int k = 0; k < B; k++) s[k] = zero();
+#pragma GCC unroll 4
+        for (int l = 0; l < C; l++) {
+          vec v = load(p + l * d);
+#pragma GCC unroll 4
+          for (int k = 0; k < B; k++) s[k] = fma(w[k][l], v, s[k]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < B; k++) {
+          if (stream) store_through(o + k * d, s[k]);
+          else store(o + k * d, s[k]);
+        }
+      }
+    }
+}
+
+template <int B> void held_by_width(const Factor& f, const float* x, i64 xs, float* y, i64 ys, i64 n, bool stream) {
+  if constexpr (W == 16) {
+    if (f.c == 4) return held_rows<B, 4>(f, x, xs, y, ys, n, stream);
+    if (f.c == 3) return held_rows<B, 3>(f, x, xs, y, ys, n, stream);
+  }
+  return f.c == 2 ? held_rows<B, 2>(f, x, xs, y, ys, n, stream) : held_rows<B, 1>(f, x, xs, y, ys, n, stream);
+}
+
+// stream: y is far from the cache and will not be read soon.
+void held_first(const Factor& f, const float* x, i64 xs, float* y, i64 ys, i64 n, bool stream) {
+  stream = stream && ((uintptr_t)y & 63) == 0 && ys % W == 0;
+  if constexpr (W == 16) {
+    if (f.b == 4) return held_by_width<4>(f, x, xs, y, ys, n, stream);
+    if (f.b == 3) return held_by_width<3>(f, x, xs, y, ys, n, stream);
+  }
+  return f.b == 2 ? held_by_width<2>(f, x, xs, y, ys, n, stream) : held_by_width<1>(f, x, xs, y, ys, n, stream);
+}
+
+// Super-block i of one factor, batch first: n rows. next: the same of the block to come, or nothing.
+void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys, i64 n, const float* next) {
   const Factor& f = q.f;
   const i64 width = f.b * f.d, total = ceil_div(width, W), period = period_of(f.d);
   const float* w = q.packed + (q.way == PACKED ? i * total * f.c * W : 0);
+  const bool cold = next, fetch = cold && f.b >= FETCH;
+  i64 done = 0;
   panels(total, f.d, [&](const Phase& h, i64 t, i64 columns) {
     bool ends = t + (columns - 1) * period == total - 1;
     Job j = {x + i * f.c * f.d + h.offset, xs, f.d, &h, w, columns * W, W, f.c,
-             y + i * width + t * W, ys, period * W, n, ends ? lanes_of(width) : W, false, true};
+             y + i * width + t * W, ys, period * W, n, ends ? lanes_of(width) : W, false, true,
+             cold, nullptr, 0, xs, ceil_div(f.c * f.d, 16)};
+    if (fetch) {
+      const i64 from = done * n / total, to = (done + columns) * n / total;
+      j.next = next + from * xs;
+      j.next_rows = to - from;
+    }
+    done += columns;
     if (q.way == DIRECT) {
       j.w = f.w + i * f.sa + t * W / f.d * f.sb + h.offset;
       j.ws = f.sc;
@@ -169,7 +256,7 @@ void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys
 }
 
 // Group (i, j) of one factor, batch last: n columns.
-void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n) {
+void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n, bool cold) {
   const Factor& f = q.f;
   Phase h = phase_of(1, 0);
   i64 total = ceil_div(n, W), groups = ceil_div(total, COLS), base = total / groups, extra = total % groups, t = 0;
@@ -179,7 +266,12 @@ void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, 
     i64 columns = base + (g < extra);
     bool ends = t + columns == total;
     Job job = {w, rs, ls, &h, x + (i * f.c * f.d + j) * xs + t * W, f.d * xs, W, f.c,
-               y + (i * f.b * f.d + j) * ys + t * W, f.d * ys, W, f.b, ends ? lanes_of(n) : W, false, false};
+               y + (i * f.b * f.d + j) * ys + t * W, f.d * ys, W, f.b, ends ? lanes_of(n) : W, false, false,
+               cold, x + (i * f.c * f.d + j) * xs + (t + columns) * W, 0, f.d * xs, 0};
+    if (cold && !ends && f.b >= FETCH) {
+      job.next_rows = f.c;
+      job.next_lines = least(COLS, total - t - columns) * W / 16;
+    }
     run(job, (int)columns);
     t += columns;
   }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,10 +25,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LEVELS = ("plain C++", "AVX2", "AVX-512")
 
 
-class _Factor(ctypes.Structure):
-    """One factor as the library sees it: a, b, c, d, the strides of its entries, their address."""
-
-    _fields_ = (("numbers", ctypes.c_int64 * 8), ("entries", ctypes.c_void_p))
+_RECORD = struct.Struct("9q")
+"""One factor as the library sees it: a, b, c, d, the strides of its entries, their address."""
 
 
 @functools.cache
@@ -124,16 +123,12 @@ def forward(
     a, b, _, d = factors[-1].shape
     batch = x.shape[1 if batch_last else 0]
     y = x.new_empty((a * b * d, batch) if batch_last else (batch, a * b * d))
-    records = (_Factor * len(factors))()
-    work = 0
-    for record, blocks in zip(records, factors):
-        record.numbers[:] = [*blocks.shape, *blocks.stride()]
-        record.entries = blocks.data_ptr()
-        work += blocks.numel()
+    records = b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
+    work = batch * sum([blocks.numel() for blocks in factors])
     if not y.numel():
         return y
     status = loaded.eke_ks_forward(
-        level() if instructions is None else instructions, _threads(work * batch), _LAST if batch_last else _FIRST,
+        level() if instructions is None else instructions, _threads(work), _LAST if batch_last else _FIRST,
         _TYPES[x.dtype], batch, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(factors), records,
         None if bias is None else bias.data_ptr(), relu,
     )  # fmt: skip

@@ -12,6 +12,11 @@ struct Phase {
   index idx;
 };
 
+inline i64 ceil_div(i64 p, i64 q) { return (p + q - 1) / q; }
+inline i64 least(i64 p, i64 q) { return p < q ? p : q; }
+inline i64 most(i64 p, i64 q) { return p > q ? p : q; }
+inline i64 lanes_of(i64 width) { return width % W ? width % W : W; }
+
 inline i64 period_of(i64 d) {
   i64 u = d, v = W;
   while (v) { i64 t = u % v; u = v; v = t; }
@@ -45,7 +50,13 @@ struct Job {
   float* y; i64 ys, yv, n;
   i64 lanes;  // of the last vector of a row
   bool accumulate, padded;  // padded: w may be read in whole vectors
+  // Where memory is far: lines to be written are asked for early, and what the next job will read is fetched meanwhile,
+  // as rows of 64-byte lines.
+  bool cold;
+  const float* next; i64 next_rows, next_stride, next_lines;
 };
+
+constexpr i64 FETCH = 16;  // sums of fewer terms are over before a line arrives
 
 template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const float* p, float* y) {
   vec acc[R][C];
@@ -63,6 +74,11 @@ template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const
 #pragma GCC unroll 4
       for (int v = 0; v < C; v++) acc[r][v] = zero();
   }
+  if (j.cold && j.len >= FETCH)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < C; v++) __builtin_prefetch(y + r * ys + v * yv, 1);
   const float* w = j.w;
   for (i64 l = 0; l < j.len; l++) {
     vec wl[C];
@@ -100,6 +116,8 @@ template <int M, int C, bool MASKED> void rows(const Job& j) {
   float* y = j.y;
   for (i64 g = 0; g < groups; g++) {
     i64 r = base + (g < extra);
+    for (i64 e = g * j.next_rows / groups; e < (g + 1) * j.next_rows / groups; e++)
+      for (i64 line = 0; line < j.next_lines; line++) __builtin_prefetch(j.next + e * j.next_stride + 16 * line);
     sized<M, C, MASKED, ROWS[C]>((int)r, j, p, y);
     p += r * j.rs;
     y += r * j.ys;
@@ -147,10 +165,5 @@ template <class Visit> INLINE void panels(i64 total, i64 d, Visit visit) {
     }
   }
 }
-
-inline i64 ceil_div(i64 p, i64 q) { return (p + q - 1) / q; }
-inline i64 least(i64 p, i64 q) { return p < q ? p : q; }
-inline i64 most(i64 p, i64 q) { return p > q ? p : q; }
-inline i64 lanes_of(i64 width) { return width % W ? width % W : W; }
 
 }  // namespace

@@ -12,6 +12,7 @@ INLINE vec zero() { return _mm256_setzero_ps(); }
 INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vec load(const float* p, mask m) { return _mm256_maskload_ps(p, m); }
 INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
+INLINE void store_through(float* p, vec v) { _mm256_stream_ps(p, v); }
 INLINE void store(float* p, vec v, mask m) { _mm256_maskstore_ps(p, m, v); }
 INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
@@ -35,7 +36,7 @@ INLINE void sums(vec a, vec b, vec c, vec d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 // out[l * ld + k] = in[k * stride + l] for k, l < 8.
-INLINE void transpose(const float* in, i64 stride, float* out, i64 ld) {
+template <int D> INLINE void transpose(const float* in, i64 stride, float* out, i64 ld) {
   vec r[8], t[8];
   for (int k = 0; k < 8; k++) r[k] = load(in + k * stride);
   for (int k = 0; k < 8; k += 2) {
@@ -52,4 +53,5 @@ INLINE void transpose(const float* in, i64 stride, float* out, i64 ld) {
     store(out + (q + 4) * ld, _mm256_permute2f128_ps(r[q], r[q + 4], 0x31));
   }
 }
+constexpr bool TURNS = false;
 }  // namespace

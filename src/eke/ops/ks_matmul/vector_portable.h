@@ -12,6 +12,7 @@ INLINE vec zero() { return vec{{0, 0, 0, 0}}; }
 INLINE vec load(const float* p) { vec r; LANES r.v[e] = p[e]; return r; }
 INLINE vec load(const float* p, mask m) { vec r = zero(); for (int e = m.from; e < m.to; e++) r.v[e] = p[e]; return r; }
 INLINE void store(float* p, vec v) { LANES p[e] = v.v[e]; }
+INLINE void store_through(float* p, vec v) { store(p, v); }
 INLINE void store(float* p, vec v, mask m) { for (int e = m.from; e < m.to; e++) p[e] = v.v[e]; }
 INLINE vec fma(vec a, vec b, vec c) { vec r; LANES r.v[e] = a.v[e] * b.v[e] + c.v[e]; return r; }
 INLINE vec add(vec a, vec b) { vec r; LANES r.v[e] = a.v[e] + b.v[e]; return r; }
@@ -31,8 +32,9 @@ INLINE void sums(vec a, vec b, vec c, vec d, float* out) {
   for (int e = 0; e < 4; e++) out[e] = 0;
   LANES { out[0] += a.v[e]; out[1] += b.v[e]; out[2] += c.v[e]; out[3] += d.v[e]; }
 }
-INLINE void transpose(const float* in, i64 stride, float* out, i64 ld) {
+template <int D> INLINE void transpose(const float* in, i64 stride, float* out, i64 ld) {
   for (int l = 0; l < 4; l++) LANES out[l * ld + e] = in[e * stride + l];
 }
 #undef LANES
+constexpr bool TURNS = false;
 }  // namespace
