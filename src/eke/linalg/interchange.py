@@ -1,7 +1,7 @@
 """Factors to and from lazylinop and FAuST (pyfaust), which bring fast operators of their own.
 
-lazylinop keeps entries as eke does, (a, b, c, d) with the leftmost factor first; FAuST keeps sparse matrices. Neither is
-needed for anything else: they are imported when asked for.
+lazylinop keeps entries as eke does, (a, b, c, d) with the leftmost factor first; FAuST keeps sparse matrices. Neither
+is needed for anything else: they are imported when asked for.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def from_faust(faust: Any, chain: Chain) -> list[Tensor]:
     """
     if faust.numfactors() != len(chain):
         raise ValueError(
-            f"The Faust has {faust.numfactors()} factors, the chain {len(chain)}: {chain}; give the chain it was made for."
+            f"The Faust has {faust.numfactors()} factors, the chain {chain} has {len(chain)}; give the chain it is of."
         )
     blocks = []
     for i, pattern in enumerate(chain):
@@ -84,6 +84,6 @@ def _imported(module: str, package: str, purpose: str) -> Any:
         return __import__(module, fromlist=["_"])
     except ImportError as error:
         raise MissingExtraError(
-            f"{purpose} needs {module!r}, which cannot be imported ({error}). Install it with: pip install '{package}'. "
+            f"{purpose} needs {module!r}, which cannot be imported ({error}). Install it: pip install '{package}'. "
             "Everything else works without it."
         ) from error

@@ -8,9 +8,9 @@ Unknown orders (`find_permutations`, square, a power of two) are searched level 
 pairs and the columns in two halves, such that every pair is of rank one in each half. Given the halves, the energy that
 a pair leaves is the smaller eigenvalue of 2 x 2 Gram matrices, known for all pairs at once, and the pairs are matched at
 least cost; given the pairs, each column goes where it fits better. The two steps alternate, from the columns that one
-row and a possible partner tell apart, for several partners; the pairs' leading vectors make the rows of the next level.
-Heuristic, in the spirit of Zheng, Puy, Riccietti, Perez, Gribonval, "Butterfly factorization
-by algorithmic identification of rank-one blocks", 2023: what comes back is checked by factorizing. Cost O(n^3).
+row and a possible partner tell apart, for several partners; leading vectors of the pairs make the rows of the next
+level. Heuristic: the result is checked by factorizing. Cost O(n^3). The problem is that of "Factorisation butterfly par
+identification algorithmique de blocs de rang un", GRETSI 2023; the alternation is our own.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _orders(matrix: Tensor, tries: int) -> tuple[Tensor, Tensor]:
 
 
 def _level(parts: list[Tensor], tries: int) -> tuple[Tensor, list[Tensor]]:
-    """Return pairs of rows (rows / 2, 2) and for each part the columns (bool) of its second half, at least cost found."""
+    """Return pairs of rows (rows / 2, 2) and for each part its second half of columns (bool), at least cost found."""
     best: tuple[float, Tensor, list[Tensor]] | None = None
     for partner in _partners(parts)[:tries]:
         halves = [_two_directions(part[[0, int(partner)]]) for part in parts]
@@ -170,7 +170,7 @@ def _level(parts: list[Tensor], tries: int) -> tuple[Tensor, list[Tensor]]:
 def _partners(parts: list[Tensor]) -> Tensor:
     """Return the rows but the first, those first with which its columns lie nearest to two directions.
 
-    Columns (x, y) on two lines make (x^2, sqrt(2) x y, y^2) lie on a plane: the smallest eigenvalue of their moment is 0.
+    Columns (x, y) on two lines make (x^2, sqrt(2) x y, y^2) lie on a plane: their moment has an eigenvalue 0.
     """
     energy = torch.zeros(len(parts[0]) - 1, dtype=torch.float64, device=parts[0].device)
     for part in parts:
