@@ -4,13 +4,14 @@ Known families: the bit reversal, which makes the Fourier matrix one, and the ei
 every level, the even before the odd indices or not and either half reversed or not (Dao et al., "Learning fast
 algorithms for linear transforms using butterfly factorizations", 2019).
 
-Unknown orders (`find_permutations`, square, a power of two) are searched level by level. In a butterfly the rows go in
-pairs and the columns in two halves, such that every pair is of rank one in each half. Given the halves, the energy that
-a pair leaves is the smaller eigenvalue of 2 x 2 Gram matrices, known for all pairs at once, and the pairs are matched at
-least cost; given the pairs, each column goes where it fits better. The two steps alternate, from the columns that one
-row and a possible partner tell apart, for several partners; leading vectors of the pairs make the rows of the next
-level. Heuristic: the result is checked by factorizing. Cost O(n^3). The problem is that of "Factorisation butterfly par
-identification algorithmique de blocs de rang un", GRETSI 2023; the alternation is our own.
+Unknown orders (`find_permutations`, square, a power of two) are searched level by level. In a butterfly the rows go
+in pairs and the columns in two halves, such that every pair is of rank one in each half. Given the halves, the energy
+that a pair leaves is the smaller eigenvalue of 2 x 2 Gram matrices, known for all pairs at once, and the pairs are
+matched at least cost; given the pairs, each column goes where it fits better. The two steps alternate, from the
+columns that one row and a possible partner tell apart, for several partners; leading vectors of the pairs make the
+rows of the next level. Heuristic: the result is checked by factorizing. Cost O(n^3). The problem is that of
+"Factorisation butterfly par identification algorithmique de blocs de rang un", GRETSI 2023; the alternation is our
+own.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Chain:
     patterns: tuple[KSPattern, ...]
 
     def __init__(self, patterns: Sequence[KSPattern | tuple[int, int, int, int]]) -> None:
-        factors = tuple(p if isinstance(p, KSPattern) else KSPattern(*_four(p)) for p in patterns)
+        factors = tuple(p if isinstance(p, KSPattern) else KSPattern(*four(p)) for p in patterns)
         if not factors:
             raise ValueError(f"Chain needs at least one factor, got {patterns!r}; one dense factor is (1, m, n, 1).")
         for i, (left, right) in enumerate(itertools.pairwise(factors), 1):
@@ -304,7 +304,12 @@ def _ascends(left: KSPattern, right: KSPattern, names: str, transposed: bool = F
     return ""
 
 
-def _four(entries: Sequence[int]) -> tuple[int, int, int, int]:
+def four(entries: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return the entries of a pattern as a tuple.
+
+    Raises:
+        ValueError: if they are not four.
+    """
     if isinstance(entries, str) or not isinstance(entries, Sequence) or len(entries) != 4:
         raise ValueError(f"A factor is a KSPattern or four integers (a, b, c, d), got {entries!r}.")
     a, b, c, d = entries
