@@ -108,7 +108,11 @@ void through(const Call& c, const Ready* q, i64 n, i64 count, float* left, float
     from_stride = inner;
   }
   float* next = wide ? left : right;
+  const i64 ahead = far && !last && wide ? least(count, most(0, c.batch - n - count)) : 0;
   for (i64 s = 0; s <= end; s++) {
+    // The inputs of the next tile travel while this one is worked on.
+    for (i64 r = s * ahead / c.factors; r < (s + 1) * ahead / c.factors; r++)
+      for (i64 e = 0; e < in; e += 16) __builtin_prefetch((const float*)c.x + (n + count + r) * c.x_stride + e, 0, 2);
     bool direct = s == end && wide;
     float* to = direct ? (float*)c.y + (last ? n : n * c.y_stride) : next;
     i64 to_stride = direct ? c.y_stride : inner;

@@ -11,7 +11,7 @@ struct Ready {
   float* packed;
 };
 
-inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f.c) * f.d <= W; }
+inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f.c) * f.d <= (f.c <= 4 ? W : W / 2); }
 inline bool is_held(const Factor& f) {
   return f.sd == 1 && f.d % W == 0 && most(f.b, f.c) <= (W == 16 ? 4 : 2);
 }
@@ -87,13 +87,15 @@ void pack_first(const Factor& f, i64 i, float* out, float* line) {
 }
 
 void pack_tiny(const Factor& f, float* out) {
-  const i64 blocks = tiny_blocks(f), out_width = f.b * f.d;
+  const i64 blocks = tiny_blocks(f);
   for (i64 i = 0; i < f.a; i += blocks)
-    for (i64 l = 0; l < f.c; l++, out += W)
-      for (i64 e = 0; e < W; e++) {
-        i64 g = e / out_width, k = e % out_width / f.d, j = e % f.d;
-        out[e] = g < blocks && i + g < f.a ? f.w[(i + g) * f.sa + k * f.sb + l * f.sc + j * f.sd] : 0.0f;
-      }
+    for (i64 l = 0; l < f.c; l++, out += W) {
+      i64 e = 0;
+      for (i64 g = i; g < least(i + blocks, f.a); g++)
+        for (i64 k = 0; k < f.b; k++)
+          for (i64 j = 0; j < f.d; j++) out[e++] = f.w[g * f.sa + k * f.sb + l * f.sc + j * f.sd];
+      for (; e < W; e++) out[e] = 0.0f;
+    }
 }
 
 // Batch last: entries of (i, j) as a dense (b, c) matrix.
