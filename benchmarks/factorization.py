@@ -4,8 +4,8 @@ Question: Hadamard and (bit-reversed) Fourier matrices of size n as products of 
 pyfaust, in one thread and double precision.
 Goals: Hadamard 2048 at least 20 times as fast as the faster rival at an error of at most 3e-15, Fourier 10 times.
 Gate: every row must reproduce its matrix to 1e-12 before it is timed.
-Method: all rivals interleaved in one process; lower quartile and spread (10th to 90th percentile) of wall time and of the
-processor time of this process, which other processes disturb less; ratios are those of the lower quartiles.
+Method: all rivals interleaved in one process; lower quartile and spread (10th to 90th percentile) of wall time and of
+the processor time of this process, which other processes disturb less; ratios are those of the lower quartiles.
 The rivals are not dependencies of eke: pip install --target FOLDER lazylinop[full] pyfaust, then --rivals FOLDER.
 
     python benchmarks/factorization.py --rivals FOLDER [--sizes 512 2048] [--rounds 9]
