@@ -82,6 +82,4 @@ def test_files_that_hold_no_such_matrix_are_refused(eke, tmp_path):
     told = eke("factorize", tmp_path / "wide.npy", "--chain", "butterfly", code=2).stderr
     assert "a butterfly is square, the matrix is 4 x 8; use mixed_radix" in " ".join(told.split())
     np.save(tmp_path / "whole.npy", np.eye(4, dtype=np.int64))
-    assert (
-        json.loads(eke("factorize", tmp_path / "whole.npy", "--chain", "butterfly", "--json").stdout)["error"] == 0
-    )
+    assert json.loads(eke("factorize", tmp_path / "whole.npy", "--chain", "butterfly", "--json").stdout)["error"] == 0
