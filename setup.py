@@ -11,9 +11,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = sorted(
-    {source.parent for pattern in ("cpu*.c", "cpu*.cpp") for source in ROOT.glob(f"src/eke/ops/*/{pattern}")}
-)
+FOLDERS = sorted({
+    source.parent for pattern in ("cpu*.c", "cpu*.cpp") for source in ROOT.glob(f"src/eke/ops/*/{pattern}")
+})
 
 
 def extension(folder: Path) -> Extension:

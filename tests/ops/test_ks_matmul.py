@@ -25,10 +25,11 @@ needs_kernel = pytest.mark.skipif(not native.available(), reason="the native ker
 def dense(blocks):
     """The definition, entry by entry."""
     a, b, c, d = blocks.shape
-    matrix = torch.zeros(a * b * d, a * c * d, dtype=torch.float64)
+    matrix = [[0.0] * (a * c * d) for _ in range(a * b * d)]
+    entries = blocks.tolist()
     for i, k, l, j in itertools.product(range(a), range(b), range(c), range(d)):
-        matrix[i * b * d + k * d + j, i * c * d + l * d + j] = blocks[i, k, l, j]
-    return matrix
+        matrix[i * b * d + k * d + j][i * c * d + l * d + j] = entries[i][k][l][j]
+    return torch.tensor(matrix, dtype=torch.float64)
 
 
 def sample(pattern, batch, dtype=torch.float32, *, seed=0):
@@ -47,8 +48,9 @@ def tolerance(pattern, dtype):
 def test_reference_is_the_dense_matrix(batch):
     for pattern in SMALL:
         x, blocks = sample(pattern, batch, torch.float64)
-        expected = x @ dense(blocks).T
-        torch.testing.assert_close(reference.dense(blocks), dense(blocks), rtol=0, atol=0)
+        matrix = dense(blocks)
+        expected = x @ matrix.T
+        torch.testing.assert_close(reference.dense(blocks), matrix, rtol=0, atol=0)
         torch.testing.assert_close(ops.ks_matmul(x, blocks), expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             ops.ks_matmul_batch_last(x.T.contiguous(), blocks), expected.T, rtol=1e-12, atol=1e-12
@@ -120,7 +122,7 @@ def test_every_algorithm_agrees_with_the_reference(name):
             torch.testing.assert_close((y.T if layout else y).double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [512, 4000, 25000])
+@pytest.mark.parametrize("batch", [512, 4001, pytest.param(25000, marks=pytest.mark.slow)])
 def test_large_batches(batch):
     for pattern in [(3, 4, 4, 4), (1, 24, 16, 16), (8, 16, 16, 1)]:
         x, blocks = sample(pattern, batch)
@@ -187,7 +189,7 @@ def test_hadamard_values_give_the_hadamard_matrix(levels, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("batch", [0, 3, 700])
 def test_chain_is_the_product_of_its_factors(dtype, batch):
-    shapes = [(1, 4, 6, 12), (2, 9, 8, 4), (4, 6, 5, 3), (12, 5, 7, 1)]
+    shapes = [(1, 4, 6, 12), (2, 9, 9, 4), (4, 6, 5, 3), (12, 5, 7, 1)]
     generator = torch.Generator().manual_seed(0)
     factors = [(torch.randn(s, generator=generator) / s[2] ** 0.5).to(dtype) for s in shapes]
     x = torch.randn(batch, 84, generator=generator).to(dtype)

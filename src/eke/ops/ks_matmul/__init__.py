@@ -43,9 +43,7 @@ def _check(x: Tensor, blocks: Tensor, *, batch_last: bool, name: str) -> None:
         ValueError: if shapes, types or devices do not fit.
     """
     if blocks.dim() != 4 or 0 in blocks.shape:
-        raise ValueError(
-            f"{name} needs blocks of shape (a, b, c, d) with positive entries, got {tuple(blocks.shape)}."
-        )
+        raise ValueError(f"{name} needs blocks of shape (a, b, c, d) with positive entries, got {tuple(blocks.shape)}.")
     a, _, c, d = blocks.shape
     wanted = "(a*c*d, batch)" if batch_last else "(..., a*c*d)"
     if x.dim() < 1 or (batch_last and x.dim() != 2) or x.shape[0 if batch_last else -1] != a * c * d:
