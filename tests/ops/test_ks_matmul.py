@@ -27,8 +27,8 @@ def dense(blocks):
     a, b, c, d = blocks.shape
     matrix = [[0.0] * (a * c * d) for _ in range(a * b * d)]
     entries = blocks.tolist()
-    for i, k, l, j in itertools.product(range(a), range(b), range(c), range(d)):
-        matrix[i * b * d + k * d + j][i * c * d + l * d + j] = entries[i][k][l][j]
+    for i, k, m, j in itertools.product(range(a), range(b), range(c), range(d)):
+        matrix[i * b * d + k * d + j][i * c * d + m * d + j] = entries[i][k][m][j]
     return torch.tensor(matrix, dtype=torch.float64)
 
 
@@ -173,7 +173,7 @@ def test_known_patterns():
 
 def hadamard_chain(levels):
     core = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    return [core[None, :, :, None].expand(2**l, 2, 2, 2 ** (levels - 1 - l)).contiguous() for l in range(levels)]
+    return [core[None, :, :, None].expand(2**s, 2, 2, 2 ** (levels - 1 - s)).contiguous() for s in range(levels)]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 10])
@@ -391,7 +391,7 @@ def test_a_kernel_that_cannot_be_loaded_is_named(monkeypatch, caplog, tmp_path):
 def test_nothing_is_written_outside_the_output(level, layout):
     """Inputs lie between values that are no numbers; the output lies between values that must stay."""
     for pattern in LARGE + SMALL[::7]:
-        a, b, c, d = pattern
+        a, b, _, d = pattern
         for batch in (1, 5, 18):
             x, blocks = sample(pattern, batch)
             rows, width = (a * b * d, batch) if layout else (batch, a * b * d)

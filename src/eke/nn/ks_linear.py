@@ -1,6 +1,6 @@
 """A linear layer whose weight is a product of Kronecker-sparse factors: y = x (X_1 ... X_L)^T + bias.
 
-Named chains: "monarch" (1, m/k, r k, k) (k, r k, n/k, 1) with k blocks and interface rank r; "butterfly", square dyadic;
+Named chains: "monarch" (1, m/k, r k, k) (k, r k, n/k, 1), k blocks and interface rank r; "butterfly", square dyadic;
 "btt", (1, m_1, n_1 r, m_0) (n_1, m_0 r, n_0, 1) with m = m_1 m_0, n = n_1 n_0 as square as they go; "low_rank".
 Sizes that the chain does not fit are padded with zeros on the way in and cut on the way out.
 Sources: Dao et al., "Monarch", 2022; Dao et al., "Learning fast algorithms with butterflies", 2019; Qiu et al.,

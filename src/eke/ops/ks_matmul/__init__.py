@@ -3,11 +3,12 @@
 K has the support I_a x 1_(b x c) x I_d and the free entries `blocks` of shape (a, b, c, d): the shape is the pattern.
 y = x K^T costs 2 a b c d operations a sample. Calls without gradients go straight to a native kernel; the operators
 torch.ops.eke.* serve autograd, torch.compile, torch.export and the FLOP counter.
-Source: Gonon, Zheng, Carrivain, Le, "Fast inference with Kronecker-sparse matrices", 2024 (batch layouts, fused product).
+Source: Gonon, Zheng, Carrivain, Le, "Fast inference with Kronecker-sparse matrices", 2024 (layouts, fused product).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,9 +78,7 @@ def ks_matmul(x: Tensor, blocks: Tensor) -> Tensor:
 
     Returns:
         Outputs, (..., a*b*d), of the type of x. Differentiable in x and blocks, twice.
-
-    Raises:
-        ValueError: if shapes, types or devices do not fit.
+        Shapes, types or devices that do not fit are a ValueError.
     """
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=False, name="ks_matmul")
@@ -98,9 +97,7 @@ def ks_matmul_batch_last(x: Tensor, blocks: Tensor) -> Tensor:
 
     Returns:
         Outputs, (a*b*d, batch), of the type of x. Differentiable in x and blocks, twice.
-
-    Raises:
-        ValueError: if shapes, types or devices do not fit.
+        Shapes, types or devices that do not fit are a ValueError.
     """
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=True, name="ks_matmul_batch_last")
@@ -140,12 +137,12 @@ def ks_chain_matmul(
                 f"ks_chain_matmul needs 4-dimensional factors of x's type and device ({x.dtype}, {x.device}), "
                 f"got {blocks.dim()} dimensions, {blocks.dtype} and {blocks.device} at factor {number}."
             )
-    for number, (left, right) in enumerate(zip(blocks_list, blocks_list[1:])):
+    for number, (left, right) in enumerate(itertools.pairwise(blocks_list)):
         (a, _, c, d), (p, q, _, s) = left.shape, right.shape
         if a * c * d != p * q * s:
             raise ValueError(
                 f"Factor {number} takes {a * c * d} features, factor {number + 1} gives {p * q * s}: "
-                f"{tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied; a*c*d must equal a*b*d of the next."
+                f"{tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied; a*c*d must equal the next a*b*d."
             )
     _check(x, blocks_list[-1], batch_last=False, name="ks_chain_matmul")
     a, b, _, d = blocks_list[0].shape

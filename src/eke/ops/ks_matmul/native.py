@@ -117,14 +117,13 @@ def forward(
         MemoryError: if scratch memory for the call cannot be had.
     """
     loaded = library()
-    if loaded is None:
-        raise RuntimeError("no compiled kernels; callers ask available() first")
+    assert loaded is not None  # callers ask available() first
     x = _rows(x)
     a, b, _, d = factors[-1].shape
     batch = x.shape[1 if batch_last else 0]
     y = x.new_empty((a * b * d, batch) if batch_last else (batch, a * b * d))
     records = b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
-    work = batch * sum([blocks.numel() for blocks in factors])
+    work = batch * sum(blocks.numel() for blocks in factors)
     if not y.numel():
         return y
     status = loaded.eke_ks_forward(
@@ -153,8 +152,7 @@ def gradient(
         Gradient of the entries, (a, b, c, d).
     """
     loaded = library()
-    if loaded is None:
-        raise RuntimeError("no compiled kernels; callers ask available() first")
+    assert loaded is not None  # callers ask available() first
     x, grad = _rows(x), _rows(grad)
     batch = x.shape[1 if batch_last else 0]
     out = x.new_empty(shape)
