@@ -166,4 +166,5 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
     """Return the solution for a Gram matrix that may be singular, by a ridge far below its size."""
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-300)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + 1e-12 * size * eye, right)
+    solution: Tensor = torch.linalg.solve(gram + 1e-12 * size * eye, right)
+    return solution

@@ -121,7 +121,8 @@ class KSConv2d(nn.Module):
             raise ValueError(f"KSConv2d takes (batch, {self.in_channels}, height, width), got {tuple(x.shape)}.")
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             pixels = x[:, :, :: self.stride[0], :: self.stride[1]]
-            return self.linear(pixels.movedim(1, -1)).movedim(-1, 1)
+            y: Tensor = self.linear(pixels.movedim(1, -1)).movedim(-1, 1)
+            return y
         sizes = [
             (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for size, pad, dilation, kernel, stride in zip(

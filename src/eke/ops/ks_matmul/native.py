@@ -44,13 +44,15 @@ def library() -> ctypes.CDLL | None:
         except OSError as error:
             _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
             continue
-        loaded.eke_ks_forward.argtypes = [ctypes.c_int] + [ctypes.c_int64] * 4 + [
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_int64,
-        ]  # fmt: skip
-        loaded.eke_ks_gradient.argtypes = [ctypes.c_int] + [ctypes.c_int64] * 3 + [
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
-        ] + [ctypes.c_int64] * 4  # fmt: skip
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        loaded.eke_ks_forward.argtypes = (
+            ctypes.c_int, number, number, number, number, address, number, address, number, number, address, address,
+            number,
+        )  # fmt: skip
+        loaded.eke_ks_gradient.argtypes = (
+            ctypes.c_int, number, number, number, address, number, address, number, address, number, number, number,
+            number,
+        )  # fmt: skip
         return loaded
     _LOGGER.warning(
         "Kronecker-sparse products run on torch's own operations: no compiled kernel was found in %s. "

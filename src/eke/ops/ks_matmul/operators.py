@@ -16,10 +16,13 @@ from torch.utils import flop_counter
 
 from . import choose, native, reference
 
-_LIBRARY = torch.library.Library("eke", "FRAGMENT")
-_LIBRARY.define("ks_matmul(Tensor x, Tensor blocks, bool batch_last) -> Tensor")
-_LIBRARY.define("ks_matmul_gradient(Tensor x, Tensor grad, SymInt[] shape, bool batch_last) -> Tensor")
-_LIBRARY.define("ks_chain_matmul(Tensor x, Tensor[] blocks, Tensor? bias, bool relu) -> Tensor")
+_LIBRARY = torch.library.Library("eke", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _schema in (
+    "ks_matmul(Tensor x, Tensor blocks, bool batch_last) -> Tensor",
+    "ks_matmul_gradient(Tensor x, Tensor grad, SymInt[] shape, bool batch_last) -> Tensor",
+    "ks_chain_matmul(Tensor x, Tensor[] blocks, Tensor? bias, bool relu) -> Tensor",
+):
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
 
 
 def _direct(*tensors: Tensor) -> bool:
@@ -166,7 +169,7 @@ for _name, _function, _fake in (
     ("ks_matmul_gradient", _gradient, _fake_gradient),
     ("ks_chain_matmul", _chain, _fake_chain),
 ):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"eke::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("eke::ks_matmul", _differentiate_matmul, setup_context=_save_matmul, lib=_LIBRARY)
 torch.library.register_autograd(
@@ -177,14 +180,14 @@ torch.library.register_autograd("eke::ks_chain_matmul", _chain_is_not_differenti
 
 @flop_counter.register_flop_formula(torch.ops.eke.ks_matmul)
 def _matmul_flops(x: Any, blocks: Any, batch_last: bool, *, out_shape: Any = None, **unused: Any) -> int:
-    return 2 * int(x[1 if batch_last else 0]) * math.prod(blocks)
+    return int(2 * x[1 if batch_last else 0] * math.prod(blocks))
 
 
 @flop_counter.register_flop_formula(torch.ops.eke.ks_matmul_gradient)
 def _gradient_flops(x: Any, grad: Any, shape: Any, batch_last: bool, *, out_shape: Any = None, **unused: Any) -> int:
-    return 2 * int(x[1 if batch_last else 0]) * math.prod(shape)
+    return int(2 * x[1 if batch_last else 0] * math.prod(shape))
 
 
 @flop_counter.register_flop_formula(torch.ops.eke.ks_chain_matmul)
 def _chain_flops(x: Any, blocks: Any, bias: Any, relu: bool, *, out_shape: Any = None, **unused: Any) -> int:
-    return 2 * int(x[0]) * sum(math.prod(shape) for shape in blocks)
+    return int(2 * x[0] * sum(math.prod(shape) for shape in blocks))
