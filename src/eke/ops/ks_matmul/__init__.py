@@ -80,7 +80,8 @@ def ks_matmul(x: Tensor, blocks: Tensor) -> Tensor:
         Outputs, (..., a*b*d), of the type of x. Differentiable in x and blocks, twice.
         Shapes, types or devices that do not fit are a ValueError.
     """
-    x, (blocks,) = _cast(x, (blocks,))
+    if torch.is_autocast_enabled(x.device.type):
+        x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=False, name="ks_matmul")
     if x.dim() == 2:
         return operators.matmul(x, blocks, batch_last=False)

@@ -21,6 +21,8 @@ from . import native, reference
 
 Algorithm = Literal["native", "dense", "bmm", "einsum"]
 _BYTES_PER_SECOND = 2e10
+_FIXED_SECONDS = 2e-4
+"""Work of a plain product below which the cost of a call decides."""
 _SMALL = 16
 """Blocks of merged neighbours stay this small: larger ones are better left to the tiles."""
 _MERGE_BATCH = 256
@@ -29,7 +31,7 @@ _MEASURED: dict[tuple[tuple[int, int, int, int], int, torch.dtype, bool, int], A
 
 
 def _native(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
-    return native.forward(x, [blocks.float()], batch_last=batch_last)
+    return native.forward(x, (blocks.float(),), batch_last=batch_last)
 
 
 def _dense(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
@@ -96,9 +98,14 @@ def rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     return dense, 2 * 192 * 4 * 64 * 64 / seconds_of(lambda: native.forward(x, [blocks], batch_last=False), 8)
 
 
-def _predict(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype) -> Algorithm:
+@functools.lru_cache(maxsize=4096)
+def _predict(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype, threads: int) -> Algorithm:
     a, b, c, d = pattern
-    dense_rate, native_rate = rates(dtype, torch.get_num_threads())
+    if dtype == torch.float32 and a * d == 1:
+        # The same product: a call of the kernel costs a little more, so it must win by more than that.
+        rate, own = rates(dtype, threads)
+        return "native" if own > 1.2 * rate and 2 * b * c * batch > _FIXED_SECONDS * rate else "dense"
+    dense_rate, native_rate = rates(dtype, threads)
     work, size = 2 * a * b * c * d * batch, torch.finfo(dtype).bits // 8
     moved = (a * (b + c) * d * batch + a * b * c * d) * size / _BYTES_PER_SECOND
     costs: dict[Algorithm, float] = {"dense": work * a * d / dense_rate + moved}
@@ -148,20 +155,21 @@ def choose_algorithm(
     Returns:
         "native", "dense", "bmm" or "einsum".
     """
-    key = (pattern, batch, dtype, batch_last, torch.get_num_threads())
-    if measure:
+    key = (pattern, batch, dtype, batch_last, torch.get_num_threads()) if measure or _MEASURED else None
+    if key is not None and measure:
         with torch.no_grad():
             _MEASURED[key] = _measure(pattern, batch, dtype, batch_last=batch_last)
-    known = _MEASURED.get(key)
+    known = _MEASURED.get(key) if key is not None else None
     if known is not None:
         return known
-    a, _, _, d = pattern
-    if dtype not in {torch.float32, torch.bfloat16} or not native.available():
-        return "dense" if a * d == 1 else "einsum"
+    groups = pattern[0] * pattern[3]
+    single = dtype == torch.float32
+    if not (single or dtype == torch.bfloat16) or not native.available():
+        return "dense" if groups == 1 else "einsum"
     # Where the kernel does the same work with fewer moves there is nothing to weigh.
-    if dtype == torch.float32 and a * d > 3:
+    if single and groups > 3:
         return "native"
-    return _predict(pattern, batch, dtype)
+    return _predict(pattern, batch, dtype, torch.get_num_threads())
 
 
 def merge(left: Tensor, right: Tensor) -> Tensor | None:

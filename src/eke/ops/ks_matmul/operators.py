@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.nn import Parameter
 from torch.utils import flop_counter
 
 from . import choose, native, reference
@@ -27,15 +28,16 @@ for _schema in (
 
 def _direct(*tensors: Tensor) -> bool:
     """Return whether nobody watches this call: no gradient, no tracing, no mode, no subclass of Tensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        type(t) in {Tensor, torch.nn.Parameter} and not (grad and t.requires_grad) and t.device.type == "cpu"
-        for t in tensors
-    )
+    for tensor in tensors:  # a loop: a generator costs more than what it asks
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not Parameter) or (grad and tensor.requires_grad) or not tensor.is_cpu:
+            return False
+    return True
 
 
 def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool) -> Tensor:
@@ -81,11 +83,10 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
 
 
 def _matmul(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
-    a, b, c, d = blocks.shape
-    batch = x.shape[1 if batch_last else 0]
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
-    name = choose.choose_algorithm((a, b, c, d), batch, x.dtype, batch_last=batch_last)
+    a, b, c, d = blocks.shape
+    name = choose.choose_algorithm((a, b, c, d), x.shape[1 if batch_last else 0], x.dtype, batch_last=batch_last)
     return choose.ALGORITHMS[name](x, blocks, batch_last)
 
 
