@@ -12,7 +12,10 @@ import pytest
 import eke
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["compression", "cost", "curvature", "demo", "linalg", "patterns", "report", "sites", "solvers", "structures"]
+ROOMS = [
+    "compression", "cost", "curvature", "demo", "linalg", "nn", "ops", "patterns", "report", "sites", "solvers",
+    "structures",
+]  # fmt: skip
 NAMES = [
     "Budget", "Chain", "Counts", "KSPattern", "Result", "Task", "__version__", "best_chain", "compress",
     "enumerate_chains", "factorize", "front", "load", "survey",

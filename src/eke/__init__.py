@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compression, cost, curvature, demo, linalg, patterns, report, sites, solvers, structures
+    from . import compression, cost, curvature, demo, linalg, nn, ops, patterns, report, sites, solvers, structures
     from ._types import Counts
     from .compression import Budget, Result, Task, compress, front, load, survey
     from .linalg import best_chain, factorize
@@ -40,6 +40,8 @@ _LOCATIONS = {
     "curvature": "",
     "demo": "",
     "linalg": "",
+    "nn": "",
+    "ops": "",
     "patterns": "",
     "report": "",
     "sites": "",
@@ -66,6 +68,8 @@ __all__ = [
     "factorize",
     "front",
     "linalg",
+    "nn",
+    "ops",
     "load",
     "patterns",
     "report",
