@@ -8,6 +8,7 @@ transposed pattern (a, c, b, d); d(blocks) sums outer products over the batch.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -82,7 +83,16 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
     return product
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Return whether the Triton kernels take this input; torch brings Triton where it supports the GPU."""
+    return x.is_cuda and x.dtype in {torch.float32, torch.float16} and find_spec("triton") is not None
+
+
 def _matmul(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
+    if _on_gpu(x):
+        from . import gpu
+
+        return gpu.matmul(x, blocks, batch_last=batch_last)
     if not x.is_cpu:
         return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
     a, b, c, d = blocks.shape
@@ -92,6 +102,10 @@ def _matmul(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
 
 def _gradient(x: Tensor, grad: Tensor, shape: list[int], batch_last: bool) -> Tensor:
     a, b, c, d = shape
+    if _on_gpu(x):
+        from . import gpu
+
+        return gpu.gradient(x, grad, (a, b, c, d), batch_last=batch_last)
     if native.supports(x) and x.dtype == torch.float32 and a * d > 1:
         return native.gradient(x, grad, (a, b, c, d), batch_last=batch_last)
     if a * d == 1:
