@@ -79,7 +79,7 @@ def verify(
     first, second = compared.values()
     before = {**space.before, "latency": first.a.lower_quartile}
     after["latency"] = before["latency"] / first.ratio
-    scores |= _reported(job, run, {"before": job.model, "after": net, "folded": base}, scores)
+    scores = {**scores, **_reported(job, run, {"before": job.model, "after": net, "folded": base}, scores)}
     warnings: list[str] = []
     needed = samples_to_prove(job.budget.drop) if job.budget.drop is not None else 0
     after_score = scores["after"]
