@@ -274,7 +274,7 @@ def test_large_pieces_are_split_like_small_ones(monkeypatch):
 def test_redundant_pairs_are_expanded_exactly(chain):
     """The factors hold copies of entries, zeros and ones: a matrix comes back bit for bit where nothing is dropped."""
     if len(chain.reduce()[0]) == 1:
-        matrix = noise(*chain.shape, seed=20)
+        matrix = member(chain.reduce()[0], seed=20)
         assert torch.equal(dense_product(factorize(matrix, chain).blocks), matrix)
     reduced = chain.reduce()[0]
     matrix = noise(*chain.shape, seed=21)
@@ -391,7 +391,8 @@ def test_the_smallest_chain_within_a_tolerance():
 
 def test_a_hidden_butterfly_is_found():
     found = best_chain(member(Chain.butterfly(16), seed=36), tolerance=1e-6)
-    assert found.chain == Chain.butterfly(16)
+    # Two factors of 4 x 4 blocks have as many parameters as four of 2 x 2.
+    assert found.chain in (Chain.butterfly(16), Chain([(1, 4, 4, 4), (4, 4, 4, 1)]))
     assert found.chain.parameters == found.least_parameters == 128
 
 

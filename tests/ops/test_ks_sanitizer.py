@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import eke.ops.ks_matmul as room
+from eke import ops
 
-SOURCES = Path(room.__file__).parent
+SOURCES = Path(ops.__file__).parent / "ks_matmul"
 PROGRAM = """
 #include "common.h"
 #include <initializer_list>
