@@ -88,5 +88,6 @@ def test_compiled_kernels_do_not_spill(name, kind, architecture, tmp_path):
     usage = compiled(getattr(gpu, name), kind, architecture, tmp_path)
     assert usage["LOCAL"] == 0
     assert usage["STACK"] == 0
-    assert usage["REG"] <= 200
+    # Two programs fit the registers of a multiprocessor.
+    assert 2 * 32 * gpu.WARPS * usage["REG"] <= 65536
     assert usage["SHARED"] <= 100 * 1024
