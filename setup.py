@@ -1,8 +1,9 @@
 """Build hook for what pyproject.toml cannot say: the optional native kernels.
 
-A kernel is one C or C++ file at src/eke/ops/<operation>/cpu.c or cpu.cpp with a plain C ABI: it includes no header of
-Python or torch and is loaded by ctypes from its package folder. It is built only where its source exists, and a machine
-without a compiler skips it: eke then takes the reference path and says so.
+A kernel is the C or C++ files src/eke/ops/<operation>/cpu*.c or cpu*.cpp with a plain C ABI, one of them for each
+instruction set: they include no header of Python or torch and are loaded by ctypes from their package folder. A kernel
+is built only where its sources exist, and a machine without a compiler skips it: eke then takes the reference path and
+says so.
 """
 
 from pathlib import Path
@@ -10,26 +11,31 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(ROOT.glob("src/eke/ops/*/cpu.c")) + sorted(ROOT.glob("src/eke/ops/*/cpu.cpp"))
+FOLDERS = sorted({
+    source.parent for pattern in ("cpu*.c", "cpu*.cpp") for source in ROOT.glob(f"src/eke/ops/*/{pattern}")
+})
 
 
-def extension(source: Path) -> Extension:
+def extension(folder: Path) -> Extension:
     """Describe one kernel.
 
     Args:
-        source: Its file.
+        folder: The operation's package.
 
     Returns:
         An extension whose failure does not stop the installation.
     """
-    relative = source.relative_to(ROOT)
+    relative = folder.relative_to(ROOT)
+    files = [(relative / file.name).as_posix() for file in sorted(folder.iterdir())]
     return Extension(
-        ".".join((*relative.parts[1:-1], "_cpu")),
-        [relative.as_posix()],
-        extra_compile_args=["-O3", "-fopenmp"],
+        ".".join((*relative.parts[1:], "_cpu")),
+        [file for file in files if Path(file).stem.startswith("cpu") and file.endswith((".c", ".cpp"))],
+        depends=[file for file in files if file.endswith(".h")],
+        # gcc 12 takes the undefined operand inside its own AVX-512 intrinsics for a variable of ours.
+        extra_compile_args=["-O3", "-fopenmp", "-Wno-maybe-uninitialized"],
         extra_link_args=["-fopenmp"],
         optional=True,
     )
 
 
-setup(ext_modules=[extension(source) for source in SOURCES])
+setup(ext_modules=[extension(folder) for folder in FOLDERS])

@@ -65,14 +65,22 @@ def nodes(kind: type | tuple[type, ...]) -> Iterator[tuple[Source, ast.AST]]:
                 yield source, node
 
 
+def is_kernel(node: ast.ClassDef | Function) -> bool:
+    """Whether a function is compiled by Triton: it takes pointers, sizes and strides one by one, and no types."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+
+
 def functions() -> Iterator[tuple[Source, Function]]:
-    yield from nodes((ast.FunctionDef, ast.AsyncFunctionDef))
+    found = nodes((ast.FunctionDef, ast.AsyncFunctionDef))
+    yield from ((source, node) for source, node in found if not is_kernel(node))
 
 
 def public(source: Source) -> Iterator[ast.ClassDef | Function]:
     """Public functions and classes of a module, and the public methods of its public classes."""
     for node in source.tree.body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            if is_kernel(node):
+                continue
             yield node
             if isinstance(node, ast.ClassDef):
                 members = (m for m in node.body if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)))

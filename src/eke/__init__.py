@@ -15,16 +15,23 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compression, cost, curvature, demo, report, sites, solvers, structures
+    from . import compression, cost, curvature, demo, linalg, nn, ops, patterns, report, sites, solvers, structures
     from ._types import Counts
     from .compression import Budget, Result, Task, compress, front, load, survey
+    from .linalg import best_chain, factorize
+    from .patterns import Chain, KSPattern, enumerate_chains
 
 _LOCATIONS = {
     "Budget": "compression",
+    "Chain": "patterns",
     "Counts": "_types",
+    "KSPattern": "patterns",
     "Result": "compression",
     "Task": "compression",
+    "best_chain": "linalg",
     "compress": "compression",
+    "enumerate_chains": "patterns",
+    "factorize": "linalg",
     "front": "compression",
     "load": "compression",
     "survey": "compression",
@@ -32,6 +39,10 @@ _LOCATIONS = {
     "cost": "",
     "curvature": "",
     "demo": "",
+    "linalg": "",
+    "nn": "",
+    "ops": "",
+    "patterns": "",
     "report": "",
     "sites": "",
     "solvers": "",
@@ -41,17 +52,26 @@ _LOCATIONS = {
 
 __all__ = [
     "Budget",
+    "Chain",
     "Counts",
+    "KSPattern",
     "Result",
     "Task",
     "__version__",
+    "best_chain",
     "compress",
     "compression",
     "cost",
     "curvature",
     "demo",
+    "enumerate_chains",
+    "factorize",
     "front",
+    "linalg",
     "load",
+    "nn",
+    "ops",
+    "patterns",
     "report",
     "sites",
     "solvers",

@@ -13,6 +13,7 @@ import typer
 from .._version import __version__
 from .compress import compress
 from .doctor import doctor
+from .factorize import factorize
 from .gate import gate
 from .inspect import inspect
 from .report import report
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compress, inspect, why, verify, gate, report, doctor):
+for verb in (compress, inspect, why, verify, gate, report, factorize, doctor):
     app.command()(verb)
 
 

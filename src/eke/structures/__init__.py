@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .both import Both
 from .grids import UniformGrid
+from .kronecker import KroneckerSparse
 from .low_rank import LowRank
 from .packing import pack, unpack
 from .sparse import NM, Rows, Sparse, Unstructured
@@ -14,6 +15,7 @@ __all__ = [
     "Both",
     "ColumnRule",
     "Exactness",
+    "KroneckerSparse",
     "LowRank",
     "Packable",
     "Rows",

@@ -101,16 +101,7 @@ class LowRank:
         rank = self.rank_of((v.shape[0], v.shape[1]))
         if weights is None:
             return truncate(v, rank)
-        # Only ratios count; with a peak of 1 no product of them over- or underflows.
-        weights = weights / (float(weights.max()) or 1.0)
-        rows, columns = weights.sum(1), weights.sum(0)
-        if float((torch.outer(rows, columns) / (float(weights.sum()) or 1.0) - weights).abs().max()) > 1e-5:
-            raise ValueError(
-                f"{self} needs a score that is a row weight times a column weight, got {tuple(weights.shape)} others; "
-                "pass (n,) column weights."
-            )
-        # A weight of 0 leaves its row or column free; a small one keeps the scaling invertible.
-        left, right = (w.clamp_min(1e-12 * float(w.max()) or 1.0).sqrt() for w in (rows, columns))
+        left, right = separable(self, weights)
         return truncate(left[:, None] * v * right, rank) / left[:, None] / right
 
     def factors(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +152,32 @@ class LowRank:
                 f"{tuple(found['right'].shape)}."
             )
         return found["left"] @ found["right"]
+
+
+def separable(structure: object, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positive scales of rows (m,) and columns (n,) whose products have weights (m, n) as their squares.
+
+    Args:
+        structure: Named in the message.
+        weights: A row weight times a column weight, float64; only ratios count.
+
+    Returns:
+        The scales, in a ratio to the true ones that is the same for all entries.
+
+    Raises:
+        ValueError: if the weights are no such product.
+    """
+    # With a peak of 1 no product of them over- or underflows.
+    weights = weights / (float(weights.max()) or 1.0)
+    rows, columns = weights.sum(1), weights.sum(0)
+    if float((torch.outer(rows, columns) / (float(weights.sum()) or 1.0) - weights).abs().max()) > 1e-5:
+        raise ValueError(
+            f"{structure} needs a score that is a row weight times a column weight, got {tuple(weights.shape)} others; "
+            "pass (n,) column weights."
+        )
+    # A weight of 0 leaves its row or column free; a small one keeps the scaling invertible.
+    left, right = (w.clamp_min(1e-12 * float(w.max()) or 1.0).sqrt() for w in (rows, columns))
+    return left, right
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:

@@ -1,0 +1,10 @@
+"""Layers with structured weights that take the place of torch's own."""
+
+from __future__ import annotations
+
+from .blast import BLASTLinear
+from .ks_conv import KSConv2d
+from .ks_linear import KSLinear, named_chain
+from .param_groups import Core, initial_std, param_groups
+
+__all__ = ["BLASTLinear", "Core", "KSConv2d", "KSLinear", "initial_std", "named_chain", "param_groups"]

@@ -1,0 +1,12 @@
+"""Operations with several implementations: a reference, native kernels for the CPU, Triton for GPUs.
+
+    y = ops.ks_matmul(x, blocks)                       # one Kronecker-sparse factor, last dimension of x
+    y = ops.ks_matmul_batch_last(x, blocks)            # first dimension of x
+    y = ops.ks_chain_matmul(x, [left, middle, right])  # a product of factors, a tile of the batch at a time
+
+Each operation is a folder; its `reference.py` is the specification that every other implementation must agree with.
+"""
+
+from .ks_matmul import choose_algorithm, ks_chain_matmul, ks_matmul, ks_matmul_batch_last
+
+__all__ = ["choose_algorithm", "ks_chain_matmul", "ks_matmul", "ks_matmul_batch_last"]

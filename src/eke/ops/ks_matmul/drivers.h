@@ -1,0 +1,278 @@
+// What one instruction set offers: forward through a chain of factors, and the gradient of a factor's entries.
+namespace {
+
+inline float widen(uint16_t h) {
+  uint32_t u = (uint32_t)h << 16;
+  float r;
+  memcpy(&r, &u, 4);
+  return r;
+}
+
+inline uint16_t narrow(float v) {
+  uint32_t u;
+  memcpy(&u, &v, 4);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+void widen_rows(const uint16_t* in, i64 in_stride, float* out, i64 out_stride, i64 n, i64 width) {
+  for (i64 r = 0; r < n; r++)
+    for (i64 e = 0; e < width; e++) out[r * out_stride + e] = widen(in[r * in_stride + e]);
+}
+
+void narrow_rows(const float* in, i64 in_stride, uint16_t* out, i64 out_stride, i64 n, i64 width) {
+  for (i64 r = 0; r < n; r++)
+    for (i64 e = 0; e < width; e++) out[r * out_stride + e] = narrow(in[r * in_stride + e]);
+}
+
+// Adds a bias along the row (batch first: one value a column; batch last: one value a row) and clips at zero.
+void finish(float* y, i64 stride, i64 n, i64 width, const float* bias, bool by_row, bool relu) {
+  for (i64 r = 0; r < n; r++) {
+    float* p = y + r * stride;
+    if (bias && by_row) for (i64 e = 0; e < width; e++) p[e] += bias[r];
+    else if (bias) for (i64 e = 0; e < width; e++) p[e] += bias[e];
+    if (relu) for (i64 e = 0; e < width; e++) p[e] = p[e] < 0.0f ? 0.0f : p[e];
+  }
+}
+
+constexpr i64 CACHE = 49152;  // floats of a tile that stay in the second cache (192 KiB)
+
+// Rows that share one reading of the entries: as many as keep their inputs in cache, and few where all entries do.
+i64 rows_at_once(const Factor& f, i64 batch, i64 threads) {
+  i64 whole = f.a * most(f.b, f.c) * f.d, entries = f.a * f.b * f.c * f.d;
+  i64 rows = entries <= CACHE && whole <= 4096 ? CACHE / whole : CACHE / (f.c * (f.d >= W ? W : f.d));
+  rows = rows / 24 * 24;
+  return least(most(rows, 24), most(ceil_div(batch, threads), 1));
+}
+
+// Whether a call's inputs and outputs are beyond the second cache.
+inline bool is_cold(const Factor& f, i64 batch) { return batch * f.a * (f.b + f.c) * f.d > 4 * CACHE; }
+
+void tile_first(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool far) {
+  if (q.way == TINY) return tiny_first(q, x, xs, y, ys, n);
+  if (q.way == HELD) return held_first(q.f, x, xs, y, ys, n, far);
+  for (i64 i = 0; i < q.f.a; i++) block_first(q, i, x, xs, y, ys, n, nullptr);
+}
+
+void one_first(const Ready& q, const Call& c) {
+  const Factor& f = q.f;
+  const bool cold = is_cold(f, c.batch), whole = q.way == TINY || q.way == HELD;
+  const i64 chunk = rows_at_once(f, c.batch, whole || f.a < c.threads ? c.threads : 1);
+  const i64 chunks = ceil_div(c.batch, chunk), parts = whole ? 1 : f.a, tasks = chunks * parts;
+  const float* x = (const float*)c.x;
+  float* y = (float*)c.y;
+#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
+  for (i64 t = 0; t < tasks; t++) {
+    i64 n = t / parts * chunk, i = t % parts, rows = least(chunk, c.batch - n);
+    const float* at = x + n * c.x_stride;
+    if (whole) {
+      tile_first(q, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold);
+    } else {
+      const float* next = i + 1 < f.a ? at + f.c * f.d : n + 2 * chunk <= c.batch ? x + (n + chunk) * c.x_stride : x;
+      block_first(q, i, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold ? next : nullptr);
+    }
+  }
+}
+
+void one_last(const Ready& q, const Call& c) {
+  const Factor& f = q.f;
+  const bool cold = is_cold(f, c.batch);
+  const i64 chunk = most(COLS * W, CACHE / 2 / (f.b + f.c) / (COLS * W) * (COLS * W));
+  const i64 chunks = ceil_div(c.batch, chunk), tasks = chunks * f.a * f.d;
+  const float* x = (const float*)c.x;
+  float* y = (float*)c.y;
+#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
+  for (i64 t = 0; t < tasks; t++) {
+    i64 n = t / (f.a * f.d) * chunk, i = t / f.d % f.a, j = t % f.d;
+    group_last(q, i, j, x + n, c.x_stride, y + n, c.y_stride, least(chunk, c.batch - n), cold);
+  }
+}
+
+void tile_last(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool) {
+  for (i64 i = 0; i < q.f.a; i++)
+    for (i64 j = 0; j < q.f.d; j++) group_last(q, i, j, x, xs, y, ys, n, false);
+}
+
+// A tile of the batch through all factors, between two scratch buffers, with a bias and a clip at the end.
+void through(const Call& c, const Ready* q, i64 n, i64 count, float* left, float* right, i64 widest) {
+  const bool last = c.layout == LAST, wide = c.type == FLOAT32;
+  const i64 in = q[0].f.a * q[0].f.c * q[0].f.d, end = c.factors - 1, out = q[end].f.a * q[end].f.b * q[end].f.d;
+  const i64 inner = last ? count : widest;
+  const bool far = !c.bias && !c.relu && is_cold(q[end].f, c.batch);
+  const float* from = (const float*)c.x + (last ? n : n * c.x_stride);
+  i64 from_stride = c.x_stride;
+  if (!wide) {
+    const uint16_t* x = (const uint16_t*)c.x + (last ? n : n * c.x_stride);
+    widen_rows(x, c.x_stride, left, inner, last ? in : count, last ? count : in);
+    from = left;
+    from_stride = inner;
+  }
+  float* next = wide ? left : right;
+  const i64 ahead = far && !last && wide ? least(count, most(0, c.batch - n - count)) : 0;
+  for (i64 s = 0; s <= end; s++) {
+    // The inputs of the next tile travel while this one is worked on.
+    for (i64 r = s * ahead / c.factors; r < (s + 1) * ahead / c.factors; r++)
+      for (i64 e = 0; e < in; e += 16) __builtin_prefetch((const float*)c.x + (n + count + r) * c.x_stride + e, 0, 2);
+    bool direct = s == end && wide;
+    float* to = direct ? (float*)c.y + (last ? n : n * c.y_stride) : next;
+    i64 to_stride = direct ? c.y_stride : inner;
+    (last ? tile_last : tile_first)(q[s], from, from_stride, to, to_stride, count, direct && far);
+    from = to;
+    from_stride = to_stride;
+    next = to == left ? right : left;
+  }
+  const i64 height = last ? out : count, width = last ? count : out;
+  if (c.bias || c.relu) finish((float*)from, from_stride, height, width, c.bias, last, c.relu);
+  if (!wide) {
+    uint16_t* y = (uint16_t*)c.y + (last ? n : n * c.y_stride);
+    narrow_rows(from, from_stride, y, c.y_stride, height, width);
+  }
+}
+
+void many(const Call& c, const Ready* q, float* scratch, i64 widest, i64 chunk) {
+  const i64 chunks = ceil_div(c.batch, chunk), size = chunk * widest;
+#pragma omp parallel for num_threads((int)c.threads) schedule(static, 1) if (c.threads > 1)
+  for (i64 t = 0; t < chunks; t++) {
+    float* mine = scratch + 2 * size * THREAD;
+    through(c, q, t * chunk, least(chunk, c.batch - t * chunk), mine, mine + size, widest);
+  }
+}
+
+constexpr i64 LONGEST = 64;
+
+int forward(const Call& c) {
+  if (c.factors < 1 || c.factors > LONGEST) return 1;
+  Ready ready[LONGEST];
+  const bool single = c.factors == 1 && c.type == FLOAT32 && !c.bias && !c.relu;
+  i64 packed = 0, line = 0, widest = 0, entries = 0;
+  for (i64 s = 0; s < c.factors; s++) {
+    const Factor& f = c.factor[s];
+    packed += ceil_div((i64)packed_size(f, (int)c.layout), 16) * 16;
+    line = most(line, f.b * f.d + 2 * W);
+    widest = most(widest, most(f.b, f.c) * f.a * f.d);
+    entries += f.a * f.b * f.c * f.d;
+  }
+  // Rows of a power of two floats would meet in the same lines of the cache.
+  widest = ceil_div(widest, 16) * 16 + 16;
+  i64 chunk = c.layout == LAST ? COLS * W : entries <= CACHE ? 12 : 96;
+  while (c.layout == LAST ? 2 * chunk * widest <= CACHE : 2 * chunk * widest <= CACHE / 2) chunk *= 2;
+  chunk = least(chunk, c.layout == LAST ? ceil_div(c.batch, W) * W : c.batch);
+  const i64 tiles = single ? 0 : 2 * chunk * widest * c.threads;
+  line = ceil_div(line, 16) * 16;
+  float* scratch = c.scratch((size_t)(packed + line * c.threads + tiles));
+  if (!scratch) return 2;
+  float* at = scratch + line * c.threads;
+  for (i64 s = 0; s < c.factors; s++) {
+    const Factor& f = c.factor[s];
+    const bool last = c.layout == LAST;
+    const i64 size = (i64)packed_size(f, (int)c.layout);
+    ready[s] = Ready{f, last ? (size ? PACKED : DIRECT) : is_tiny(f) ? TINY : is_held(f) ? HELD : size ? PACKED : DIRECT, at};
+    float* out = at;
+    if (ready[s].way == TINY) pack_tiny(f, out);
+    else if (ready[s].way == PACKED) {
+#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1 && size > 65536)
+      for (i64 i = 0; i < f.a; i++) {
+        if (last) pack_last(f, i, out);
+        else pack_first(f, i, out, scratch + line * THREAD);
+      }
+    }
+    at += ceil_div(size, 16) * 16;
+  }
+  if (single) (c.layout == LAST ? one_last : one_first)(ready[0], c);
+  else many(c, ready, at, widest, chunk);
+  return 0;
+}
+
+// dw[i, k, l, j] = sum over samples of g[n, (i, k, j)] * x[n, (i, l, j)], batch first.
+void gradient_block(const Gradient& c, i64 i, i64 part, i64 parts) {
+  const Factor& f = c.factor;
+  const i64 width = f.c * f.d, total = ceil_div(width, W), period = period_of(f.d);
+  i64 chunk = most(32, least(128, CACHE / 2 / width));
+  for (i64 n = 0; n < c.batch; n += chunk) {
+    i64 number = 0;
+    panels(total, f.d, [&](const Phase& h, i64 t, i64 columns) {
+      if (number++ % parts != part) return;
+      bool ends = t + (columns - 1) * period == total - 1;
+      Job j = {c.g + n * c.g_stride + i * f.b * f.d + h.offset, f.d, c.g_stride, &h,
+               c.x + n * c.x_stride + i * width + t * W, c.x_stride, period * W, least(chunk, c.batch - n),
+               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false, false, nullptr, 0, 0, 0};
+      run(j, (int)columns);
+    });
+  }
+}
+
+template <int R, int C> INLINE void dots(const float* p, i64 ps, const float* q, i64 qs, i64 n, float* o, i64 os, i64 oc,
+                                         bool accumulate) {
+  static_assert(C == 4 || C == 1, "four sums at once");
+  vec acc[R][4];
+  for (int r = 0; r < R; r++) for (int e = 0; e < 4; e++) acc[r][e] = zero();
+  i64 s = 0;
+  for (; s + W <= n; s += W) {
+    vec right[C];
+#pragma GCC unroll 4
+    for (int e = 0; e < C; e++) right[e] = load(q + e * qs + s);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      vec left = load(p + r * ps + s);
+#pragma GCC unroll 4
+      for (int e = 0; e < C; e++) acc[r][e] = fma(left, right[e], acc[r][e]);
+    }
+  }
+  if (s < n) {
+    const mask m = first_lanes(n - s);
+    for (int r = 0; r < R; r++) {
+      vec left = load(p + r * ps + s, m);
+      for (int e = 0; e < C; e++) acc[r][e] = fma(left, load(q + e * qs + s, m), acc[r][e]);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    float four[4];
+    sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3], four);
+    for (int e = 0; e < C; e++) o[r * os + e * oc] = accumulate ? o[r * os + e * oc] + four[e] : four[e];
+  }
+}
+
+constexpr int HEIGHT = W == 16 ? 5 : 2;
+
+// The same for batch last: dot products along the samples.
+void gradient_group(const Gradient& c, i64 i, i64 j) {
+  const Factor& f = c.factor;
+  const i64 gs = f.d * c.g_stride, xs = f.d * c.x_stride, os = f.c * f.d;
+  const i64 chunk = most(256, CACHE / 2 / (f.b + f.c) / W * W);
+  for (i64 n = 0; n < c.batch; n += chunk) {
+    const i64 count = least(chunk, c.batch - n);
+    const float* g = c.g + (i * f.b * f.d + j) * c.g_stride + n;
+    const float* x = c.x + (i * f.c * f.d + j) * c.x_stride + n;
+    float* o = c.w + i * f.b * os + j;
+    for (i64 l = 0; l < f.c;) {
+      const bool four = l + 4 <= f.c;
+      for (i64 k = 0; k < f.b;) {
+        float* to = o + k * os + l * f.d;
+        if (four && k + HEIGHT <= f.b) {
+          dots<HEIGHT, 4>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
+          k += HEIGHT;
+        } else {
+          if (four) dots<1, 4>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
+          else dots<1, 1>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
+          k++;
+        }
+      }
+      l += four ? 4 : 1;
+    }
+  }
+}
+
+int gradient(const Gradient& c) {
+  const Factor& f = c.factor;
+  if (c.layout == LAST) {
+#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
+    for (i64 t = 0; t < f.a * f.d; t++) gradient_group(c, t / f.d, t % f.d);
+    return 0;
+  }
+  const i64 parts = f.a >= c.threads ? 1 : c.threads;
+#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
+  for (i64 t = 0; t < f.a * parts; t++) gradient_block(c, t / parts, t % parts, parts);
+  return 0;
+}
+
+}  // namespace

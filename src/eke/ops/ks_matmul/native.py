@@ -1,0 +1,168 @@
+"""The native CPU kernels of Kronecker-sparse products, loaded by ctypes from the package folder.
+
+One call multiplies a batch by one factor or by a chain of them; entries are packed inside the call, so that a change of
+the entries in place, by whatever means, is always seen. Without the compiled library `available()` is false and the
+callers take torch's paths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
+_PARALLEL_WORK = 2_000_000
+"""Multiply-adds from which threads pay: about 50 microseconds of one core."""
+_FIRST, _LAST = 0, 1
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LEVELS = ("plain C++", "AVX2", "AVX-512")
+
+
+_RECORD = struct.Struct("9q")
+"""One factor as the library sees it: a, b, c, d, the strides of its entries, their address."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Load the kernels once.
+
+    Returns:
+        The library, or None where it was not compiled (said once in the log).
+    """
+    for path in sorted(Path(__file__).parent.glob("_cpu*")):
+        if path.suffix not in {".so", ".dylib", ".pyd"}:
+            continue
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
+            continue
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        loaded.eke_ks_forward.argtypes = (
+            ctypes.c_int, number, number, number, number, address, number, address, number, number, address, address,
+            number,
+        )  # fmt: skip
+        loaded.eke_ks_gradient.argtypes = (
+            ctypes.c_int, number, number, number, address, number, address, number, address, number, number, number,
+            number,
+        )  # fmt: skip
+        return loaded
+    _LOGGER.warning(
+        "Kronecker-sparse products run on torch's own operations: no compiled kernel was found in %s. "
+        "Install eke where a C++ compiler is present to have it built.",
+        Path(__file__).parent,
+    )
+    return None
+
+
+@functools.cache
+def level() -> int:
+    """Return the best instruction set of this machine: 2 AVX-512, 1 AVX2, 0 plain C++, -1 without the library."""
+    loaded = library()
+    return -1 if loaded is None else int(loaded.eke_ks_level())
+
+
+def available() -> bool:
+    """Return whether the compiled kernels can be used."""
+    return level() >= 0
+
+
+def describe() -> str:
+    """Return the kernels in use, in words."""
+    return _LEVELS[level()] if available() else "none (torch's own operations)"
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether the kernels take this input (a CPU tensor of float32 or bfloat16)."""
+    return x.device.type == "cpu" and x.dtype in _TYPES and available()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a matrix whose rows are contiguous, the same one where they are already."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _PARALLEL_WORK else 1
+
+
+def forward(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    batch_last: bool,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    instructions: int | None = None,
+) -> Tensor:
+    """Multiply a batch by a chain of factors.
+
+    Args:
+        x: Inputs, (batch, features) or, batch last, (features, batch); float32 or bfloat16.
+        factors: Free entries of each factor, the one applied first at the start; float32.
+        batch_last: Whether the batch is the last dimension.
+        bias: Added at the end, one value per output feature, float32.
+        relu: Whether to clip at zero at the end.
+        instructions: Level of instructions, at most `level()`; None for the best.
+
+    Returns:
+        Outputs of the type of x, (batch, outputs) or (outputs, batch).
+
+    Raises:
+        MemoryError: if scratch memory for the call cannot be had.
+    """
+    loaded = library()
+    assert loaded is not None  # callers ask available() first
+    x = _rows(x)
+    a, b, _, d = factors[-1].shape
+    batch = x.shape[1 if batch_last else 0]
+    y = x.new_empty((a * b * d, batch) if batch_last else (batch, a * b * d))
+    records = b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
+    work = batch * sum(blocks.numel() for blocks in factors)
+    if not y.numel():
+        return y
+    status = loaded.eke_ks_forward(
+        level() if instructions is None else instructions, _threads(work), _LAST if batch_last else _FIRST,
+        _TYPES[x.dtype], batch, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(factors), records,
+        None if bias is None else bias.data_ptr(), relu,
+    )  # fmt: skip
+    if status:
+        raise MemoryError(f"The Kronecker-sparse kernel found no memory for its scratch space (status {status}).")
+    return y
+
+
+def gradient(
+    x: Tensor, grad: Tensor, shape: tuple[int, int, int, int], *, batch_last: bool, instructions: int | None = None
+) -> Tensor:
+    """Differentiate a product with respect to its free entries.
+
+    Args:
+        x: Inputs, (batch, a*c*d) or, batch last, (a*c*d, batch); float32.
+        grad: Gradient of the outputs in the same layout; float32.
+        shape: (a, b, c, d).
+        batch_last: Whether the batch is the last dimension.
+        instructions: Level of instructions, at most `level()`; None for the best.
+
+    Returns:
+        Gradient of the entries, (a, b, c, d).
+    """
+    loaded = library()
+    assert loaded is not None  # callers ask available() first
+    x, grad = _rows(x), _rows(grad)
+    batch = x.shape[1 if batch_last else 0]
+    out = x.new_empty(shape)
+    if not batch:
+        return out.zero_()
+    loaded.eke_ks_gradient(
+        level() if instructions is None else instructions, _threads(out.numel() * batch),
+        _LAST if batch_last else _FIRST, batch, x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0),
+        out.data_ptr(), *shape,
+    )  # fmt: skip
+    return out

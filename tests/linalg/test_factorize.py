@@ -1,0 +1,442 @@
+"""Factorizations: exact members, optimal pairs, proved bounds, known values, every order, dtype and direction."""
+
+from __future__ import annotations
+
+import functools
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from eke.linalg import Metric, best_chain, bit_reversal, factorize, fixed_support, fourier, hadamard, interface_errors
+from eke.linalg.fixed_support import Interface, expand, multiply, split
+from eke.patterns import Chain, enumerate_chains, from_dense, to_dense
+
+CHAINS = [
+    Chain.butterfly(16),
+    Chain.monarch(12, 18, 6),
+    Chain.low_rank(5, 7, 3),
+    Chain.mixed_radix(12, 18),
+    Chain.radix((2, 2, 3), (3, 2, 3), ranks=[1, 2]),
+    Chain([(1, 2, 3, 12), (3, 3, 8, 4), (12, 8, 3, 1)]),
+    Chain([(2, 3, 4, 2), (4, 4, 2, 1)]),
+    Chain([(2, 2, 2, 4), (4, 2, 2, 2), (8, 2, 2, 1)]),
+    Chain([(1, 4, 4, 1), (1, 4, 4, 1)]),
+    Chain.butterfly(8, rank=2),
+    Chain([(1, 6, 5, 1)]),
+]
+CHAINS += [chain.transpose for chain in CHAINS]
+ORDERS = ["left", "right", "balanced"]
+every_chain = pytest.mark.parametrize("chain", CHAINS, ids=str)
+every_order = pytest.mark.parametrize("order", ORDERS)
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_product(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """The product of the dense factors: the definition."""
+    return functools.reduce(torch.matmul, [to_dense(block) for block in blocks])
+
+
+def member(chain: Chain, *stack: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return dense_product([noise(*stack, *p, seed=seed + i, dtype=dtype) for i, p in enumerate(chain)])
+
+
+def hilbert(n: int) -> torch.Tensor:
+    i = torch.arange(n, dtype=torch.float64)
+    return 1 / (i[:, None] + i + 1)
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y))
+
+
+@every_chain
+@every_order
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_member_is_recovered(chain, order, dtype):
+    matrix = member(chain, seed=1, dtype=dtype)
+    found = factorize(matrix, chain, order=order)
+    tolerance = 1e-13 if torch.finfo(dtype).bits == 64 else 2e-6
+    assert [tuple(block.shape) for block in found.blocks] == [tuple(pattern) for pattern in chain]
+    assert {block.dtype for block in found.blocks} == {dtype}
+    assert distance(dense_product(found.blocks), matrix) <= tolerance
+    assert found.error <= tolerance
+    assert found.lower_bound <= tolerance
+    torch.testing.assert_close(found.to_dense(), dense_product(found.blocks), rtol=1e-4, atol=1e-4)
+
+
+@every_chain
+@every_order
+@pytest.mark.parametrize("orthonormalize", [True, False])
+def test_the_error_is_measured_and_above_the_lower_bound(chain, order, orthonormalize):
+    matrix = noise(*chain.shape, seed=2)
+    found = factorize(matrix, chain, order=order, orthonormalize=orthonormalize)
+    assert found.error == pytest.approx(distance(dense_product(found.blocks), matrix), rel=1e-12)
+    assert found.lower_bound <= found.error * (1 + 1e-12)
+    # With three factors, middle first is left to right.
+    proved = orthonormalize and (order != "balanced" or len(chain) <= 3)
+    assert (found.upper_bound is not None) == proved
+    if proved:
+        assert found.error <= found.upper_bound * (1 + 1e-12)
+        assert found.upper_bound <= math.sqrt(max(1, len(chain) - 1)) * found.lower_bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("order", ["left", "right"])
+@pytest.mark.parametrize("chain", [c for c in CHAINS if len(c) > 1], ids=str)
+def test_squared_errors_of_the_splits_add_up(chain, order):
+    """Pythagoras: what each split drops, as an independent sequence of projections on products of two factors."""
+    if chain.direction == "descending" or chain.reduce()[1]:
+        return
+    matrix = noise(*chain.shape, seed=3)
+    values = from_dense(matrix, chain.product())
+    dropped = float((matrix - to_dense(values)).square().sum())
+    for step in range(1, len(chain)):
+        s = step if order == "left" else len(chain) - step
+        if order == "left":
+            between = Interface.between(chain[s - 1], chain.product(s))
+        else:
+            between = Interface.between(chain.product(0, s), chain[s])
+        left, right = split(values, between, order)
+        dropped += float((multiply(left, right, between) - values).square().sum())
+        values = right if order == "left" else left
+    found = factorize(matrix, chain, order=order)
+    assert found.error**2 * float(matrix.square().sum()) == pytest.approx(dropped, rel=1e-10)
+
+
+@pytest.mark.parametrize("chain", [c for c in CHAINS if len(c) == 2], ids=str)
+def test_two_factors_are_the_best_two(chain):
+    """No descent from the result, or from elsewhere, comes lower; the lower bound is the error."""
+    matrix = noise(*chain.shape, seed=4)
+    found = factorize(matrix, chain)
+    assert found.error == pytest.approx(found.lower_bound, rel=1e-10, abs=1e-14)
+    assert found.error == pytest.approx(found.upper_bound, rel=1e-10, abs=1e-14)
+    for seed in (5, 6):
+        blocks = [noise(*p, seed=seed + 10 * i).requires_grad_() for i, p in enumerate(chain)]
+        steps = torch.optim.Adam(blocks, lr=0.05)
+        for _ in range(150):
+            steps.zero_grad()
+            loss = (dense_product(blocks) - matrix).square().sum()
+            loss.backward()
+            steps.step()
+        assert found.error <= float(loss.detach() / matrix.square().sum()) ** 0.5 + 1e-12
+
+
+def test_a_low_rank_chain_is_the_truncated_singular_value_decomposition():
+    matrix = noise(9, 14, seed=7, dtype=torch.complex128)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    for rank in (1, 4, 9):
+        found = factorize(matrix, Chain.low_rank(9, 14, rank))
+        torch.testing.assert_close(found.to_dense(), (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=0, atol=1e-12)
+
+
+def test_known_errors_of_the_hilbert_matrix():
+    matrix, chain = hilbert(64), Chain.butterfly(64)
+    known = {
+        ("left", True): 0.156158752, ("right", True): 0.156216386, ("balanced", True): 0.156162032,
+        ("left", False): 0.207521140, ("right", False): 0.217591518,
+    }  # fmt: skip
+    for (order, orthonormalize), error in known.items():
+        found = factorize(matrix, chain, order=order, orthonormalize=orthonormalize)
+        assert found.error == pytest.approx(error, abs=1e-7)
+    found = factorize(matrix, chain)
+    assert found.lower_bound == pytest.approx(0.100053305, abs=1e-7)
+    assert found.upper_bound == pytest.approx(0.192898517, abs=1e-7)
+
+
+def test_known_errors_of_a_cosine_kernel():
+    i = torch.arange(64, dtype=torch.float64)
+    matrix = torch.cos(torch.outer(i, i) / 7)
+    for chain, error in (
+        (Chain.monarch(64, 64, 8), 0.844090265),
+        (Chain([(1, 16, 16, 4), (4, 16, 16, 1)]), 0.560304564),
+        (Chain.low_rank(64, 64, 16), 0.488476260),
+    ):
+        assert factorize(matrix, chain).error == pytest.approx(error, abs=1e-7)
+
+
+@pytest.mark.parametrize("levels", range(1, 12))
+def test_hadamard_and_fourier_are_exact(levels):
+    n = 2**levels
+    chain = Chain.butterfly(n)
+    for name, matrix in (("hadamard", hadamard(n)), ("fourier", fourier(n)[:, bit_reversal(n)])):
+        for order in ORDERS if n <= 256 else ["left", "balanced"]:
+            found = factorize(matrix, chain, order=order)
+            assert found.error <= 2e-15 * levels, (name, order)
+            assert sum(block.numel() for block in found.blocks) == 2 * n * levels
+        assert factorize(matrix.to(torch.complex64), chain).error <= 2e-6
+
+
+@every_chain
+def test_a_stack_is_factorized_matrix_by_matrix(chain):
+    stack = noise(2, 3, *chain.shape, seed=8)
+    for order in ORDERS:
+        found = factorize(stack, chain, order=order, refine=1)
+        assert found.errors.shape == (2, 3)
+        assert found.interface_errors.shape == (2, 3, len(chain) - 1)
+        for i, j in ((0, 0), (1, 2)):
+            alone = factorize(stack[i, j], chain, order=order, refine=1)
+            assert float(found.errors[i, j]) == pytest.approx(alone.error, rel=1e-9, abs=1e-14)
+            torch.testing.assert_close(found.to_dense()[i, j], alone.to_dense(), rtol=0, atol=1e-8)
+        whole = stack.square().sum((-1, -2))
+        together = float((found.errors.square() * whole).sum() / whole.sum()) ** 0.5
+        assert found.error == pytest.approx(together, rel=1e-12)
+
+
+@every_chain
+def test_the_transposed_chain_gives_the_transposed_factors(chain):
+    matrix = noise(*chain.shape, seed=9)
+    for order, mirrored in (("left", "right"), ("right", "left")):
+        one = factorize(matrix, chain, order=order)
+        two = factorize(matrix.T, chain.transpose, order=mirrored)
+        assert one.error == pytest.approx(two.error, rel=1e-9, abs=1e-14)
+        torch.testing.assert_close(one.to_dense(), two.to_dense().T, rtol=0, atol=1e-8)
+
+
+def test_the_error_does_not_see_scale_or_rotations_inside():
+    chain = Chain([(1, 2, 3, 12), (3, 3, 8, 4), (12, 8, 3, 1)])
+    matrix = noise(*chain.shape, seed=10)
+    for order in ORDERS:
+        plain = factorize(matrix, chain, order=order).error
+        assert factorize(1e9 * matrix, chain, order=order).error == pytest.approx(plain, rel=1e-10)
+        assert factorize(-1e-9 * matrix, chain, order=order).error == pytest.approx(plain, rel=1e-10)
+
+
+def test_any_permutation_of_the_interfaces_is_an_order():
+    chain, matrix = Chain.butterfly(16), noise(16, 16, seed=11)
+    assert factorize(matrix, chain, order=[1, 2, 3]).error == factorize(matrix, chain).error
+    assert factorize(matrix, chain, order=[1, 2, 3]).upper_bound is not None
+    assert factorize(matrix, chain, order=[2, 1, 3]).error == factorize(matrix, chain, order="balanced").error
+    for order in ([1, 3, 2], [3, 1, 2], [2, 3, 1]):
+        found = factorize(matrix, chain, order=order)
+        assert found.lower_bound <= found.error
+        assert found.upper_bound is None
+        assert found.error <= float(found.interface_errors.square().sum().sqrt()) * 1.05
+
+
+@every_chain
+@every_order
+def test_sweeps_only_lower_the_error(chain, order):
+    for matrix in (noise(*chain.shape, seed=12), noise(*chain.shape, seed=13, dtype=torch.complex128)):
+        errors = [factorize(matrix, chain, order=order, refine=k).error for k in range(4)]
+        assert all(after <= before * (1 + 1e-12) + 1e-15 for before, after in pairwise(errors))
+        bound = factorize(matrix, chain, order=order, refine=3)
+        assert bound.lower_bound <= bound.error * (1 + 1e-12) + 1e-15
+
+
+def test_sweeps_find_a_better_butterfly_of_the_hilbert_matrix():
+    found = factorize(hilbert(64), Chain.butterfly(64), refine=4)
+    assert found.error == pytest.approx(0.1560900026, abs=1e-8)
+    assert found.lower_bound < found.error < found.upper_bound
+
+
+def test_close_singular_values_and_small_ones_keep_their_digits():
+    """Singular values over seven orders: eigenvectors of the Gram matrix alone would lose half the digits."""
+    q, _ = torch.linalg.qr(noise(20, 20, seed=14))
+    values = torch.zeros(20, dtype=torch.float64)
+    values[:3] = torch.tensor([1.0, 1e-4, 1e-7])
+    matrix = (q * values) @ torch.linalg.qr(noise(20, 20, seed=15))[0]
+    assert factorize(matrix, Chain.low_rank(20, 20, 3)).error <= 1e-14
+    scaled = member(Chain.butterfly(16, rank=2), seed=16) * torch.logspace(0, -7, 16, dtype=torch.float64)
+    assert factorize(scaled, Chain.butterfly(16, rank=2)).error <= 1e-13
+    tied = torch.eye(8, dtype=torch.float64)
+    assert factorize(tied, Chain.low_rank(8, 8, 3)).error == pytest.approx((5 / 8) ** 0.5, rel=1e-12)
+
+
+def test_zeros_are_exact_and_finite():
+    for chain in (Chain.butterfly(8), Chain.low_rank(4, 4, 2), Chain.mixed_radix(12, 18)):
+        for order in ORDERS:
+            for orthonormalize in (True, False):
+                found = factorize(torch.zeros(chain.shape), chain, order=order, orthonormalize=orthonormalize, refine=1)
+                assert (found.error, found.lower_bound) == (0.0, 0.0)
+                assert all(bool(torch.isfinite(block).all()) for block in found.blocks)
+    half = member(Chain.butterfly(16), seed=17)
+    half[:8] = 0
+    for order in ORDERS:
+        assert factorize(half, Chain.butterfly(16), order=order).error <= 1e-14
+
+
+def test_large_pieces_are_split_like_small_ones(monkeypatch):
+    matrices = {16: noise(32, 32, seed=18), 2: noise(32, 32, seed=19, dtype=torch.complex128)}
+    whole = {k: factorize(m, Chain.radix((16, 2), (2, 16))).error for k, m in matrices.items()}
+    dyadic = {k: factorize(m, Chain.butterfly(32)).error for k, m in matrices.items()}
+    monkeypatch.setattr(fixed_support, "_PIECE", 8)
+    for k, m in matrices.items():
+        assert factorize(m, Chain.radix((16, 2), (2, 16))).error == pytest.approx(whole[k], rel=1e-12)
+        assert factorize(m, Chain.butterfly(32)).error == pytest.approx(dyadic[k], rel=1e-12)
+
+
+@pytest.mark.parametrize("chain", [c for c in CHAINS if c.redundant()], ids=str)
+def test_redundant_pairs_are_expanded_exactly(chain):
+    """The factors hold copies of entries, zeros and ones: a matrix comes back bit for bit where nothing is dropped."""
+    if len(chain.reduce()[0]) == 1:
+        matrix = member(chain.reduce()[0], seed=20)
+        assert torch.equal(dense_product(factorize(matrix, chain).blocks), matrix)
+    reduced = chain.reduce()[0]
+    matrix = noise(*chain.shape, seed=21)
+    assert factorize(matrix, chain).error == pytest.approx(factorize(matrix, reduced).error, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2)])
+def test_expansion_pads_with_zeros(shape):
+    b, c = shape
+    between = Interface.between(Chain([(1, b, 3, 1), (1, 3, c, 1)])[0], Chain([(1, 3, c, 1)])[0])
+    values = noise(1, b, c, 1, seed=22)
+    left, right = expand(values, between)
+    assert torch.equal(multiply(left, right, between), values)
+
+
+def test_noise_is_removed_as_the_dimension_of_the_set_predicts():
+    n, eps = 256, 0.1
+    target = hadamard(n)
+    found = factorize(target + eps * noise(n, n, seed=0), Chain.butterfly(n))
+    assert distance(found.to_dense(), target) == pytest.approx(eps * math.sqrt(9 / n), rel=0.05)
+
+
+def test_interface_errors_are_those_of_two_factors():
+    chain, matrix = Chain.mixed_radix(12, 18), noise(12, 18, seed=23)
+    errors = interface_errors(matrix, chain)
+    for s in range(1, len(chain)):
+        two = Chain([chain.product(0, s), chain.product(s)])
+        assert float(errors[s - 1]) == pytest.approx(factorize(matrix, two).error, rel=1e-10)
+    torch.testing.assert_close(interface_errors(matrix.T, chain.transpose), errors.flip(0))
+
+
+def test_the_matrix_and_the_gradient_are_left_alone():
+    matrix = noise(8, 8, seed=24).requires_grad_()
+    before = matrix.detach().clone()
+    found = factorize(matrix, Chain.butterfly(8), refine=2)
+    assert not any(block.requires_grad for block in found.blocks)
+    assert torch.equal(matrix, before)
+    assert torch.isfinite(torch.tensor(found.error))
+
+
+def moment(n: int, seed: int) -> torch.Tensor:
+    rows = noise(3 * n, n, seed=seed) * torch.logspace(-1, 1, n, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_low_rank_chain_is_exact_in_a_metric(both):
+    """Whitened singular value decomposition, by symmetric square roots instead of triangular ones."""
+    matrix, a, g = noise(10, 14, seed=25), moment(14, 26), moment(10, 27) if both else None
+    found = factorize(matrix, Chain.low_rank(10, 14, 3), metric=Metric(a, g))
+    roots = []
+    for factor in (g if both else torch.eye(10, dtype=torch.float64), a):
+        values, vectors = torch.linalg.eigh(factor)
+        roots.append((vectors * values.sqrt()) @ vectors.T)
+    sigma = torch.linalg.svdvals(roots[0] @ matrix @ roots[1])
+    assert found.weighted_error == pytest.approx(float(sigma[3:].norm() / sigma.norm()), rel=1e-6)
+    assert found.upper_bound is None
+    assert found.lower_bound <= found.error
+
+
+@pytest.mark.parametrize("chain", [c for c in CHAINS if len(c) > 1 and c.product().a == c.product().d == 1], ids=str)
+def test_a_metric_lowers_its_own_loss_and_sweeps_lower_it_further(chain):
+    matrix = noise(*chain.shape, seed=28)
+    metric = Metric(moment(chain.shape[1], 29), moment(chain.shape[0], 30))
+    plain = factorize(matrix, chain).to_dense() - matrix
+    losses = [factorize(matrix, chain, metric=metric, refine=k).weighted_error for k in range(3)]
+    scale = metric.loss(matrix)
+    if chain.redundant() and len(chain.reduce()[0]) == 1:
+        assert losses[-1] <= 1e-7
+        return
+    assert losses[-1] < (metric.loss(plain) / scale) ** 0.5
+    assert losses[1] <= losses[0] * (1 + 1e-9)
+    assert losses[2] <= losses[1] * (1 + 1e-9)
+    assert factorize(matrix, chain).weighted_error is None
+
+
+def test_a_diagonal_metric_is_a_scaling():
+    chain, matrix = Chain.butterfly(16), noise(16, 16, seed=31)
+    rows, cols = noise(16, seed=32).abs() + 0.1, noise(16, seed=33).abs() + 0.1
+    found = factorize(matrix, chain, metric=Metric(torch.diag(cols**2), torch.diag(rows**2)))
+    scaled = factorize(rows[:, None] * matrix * cols, chain)
+    assert found.weighted_error == pytest.approx(scaled.error, rel=1e-8)
+    torch.testing.assert_close(rows[:, None] * found.to_dense() * cols, scaled.to_dense(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("budget", [30, 60, 120, 200, 216])
+def test_the_best_chain_within_a_budget_has_the_least_proved_bound(budget):
+    """All 913 chains of 12 x 18, one by one."""
+    matrix = noise(12, 18, seed=34)
+    found = best_chain(matrix, max_params=budget)
+    bounds = {chain: interface_errors(matrix, chain) for chain in enumerate_chains(12, 18, max_params=budget)}
+    least = min(float(e.square().sum().sqrt()) for e in bounds.values())
+    assert found.chain.parameters <= budget
+    assert found.factorization.error <= least * (1 + 1e-9) + 1e-12
+    lower = min(float(e.max()) if len(e) else 0.0 for e in bounds.values())
+    assert found.least_error == pytest.approx(lower, rel=1e-9, abs=1e-12)
+    assert found.least_parameters is None
+
+
+def test_the_smallest_chain_within_a_tolerance():
+    matrix = hilbert(18)[:12] + 0.01 * noise(12, 18, seed=35)
+    for tolerance in (0.3, 0.1, 0.02, 0.0):
+        found = best_chain(matrix, tolerance=tolerance)
+        assert found.factorization.error <= tolerance + 1e-12
+        possible = [
+            c.parameters
+            for c in enumerate_chains(12, 18)
+            if len(c) == 1 or float(interface_errors(matrix, c).max()) <= tolerance
+        ]
+        assert found.least_parameters == min(possible)
+        assert found.least_parameters <= found.chain.parameters
+        assert found.least_error is None
+
+
+def test_a_hidden_butterfly_is_found():
+    found = best_chain(member(Chain.butterfly(16), seed=36), tolerance=1e-6)
+    # Two factors of 4 x 4 blocks have as many parameters as four of 2 x 2.
+    assert found.chain in (Chain.butterfly(16), Chain([(1, 4, 4, 4), (4, 4, 4, 1)]))
+    assert found.chain.parameters == found.least_parameters == 128
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "error", "message"),
+    [
+        (torch.zeros(4, 8), {}, ValueError, r"describes 8 x 8 matrices, got \(4, 8\)"),
+        (torch.zeros(8), {}, ValueError, r"describes 8 x 8 matrices, got \(8,\)"),
+        (torch.zeros(8, 8).half(), {}, TypeError, r"complex64 or complex128, got torch.float16"),
+        (torch.zeros(8, 8).long(), {}, TypeError, r"complex64 or complex128, got torch.int64"),
+        ([[1.0]], {}, TypeError, r"complex64 or complex128, got list"),
+        (torch.full((8, 8), float("nan")), {}, ValueError, r"64 of 64 entries that are not finite"),
+        (torch.eye(8) / 0, {}, ValueError, r"64 of 64 entries that are not finite"),
+        (torch.zeros(8, 8), {"order": "lef"}, ValueError, r"Unknown order 'lef'. Did you mean 'left'"),
+        (torch.zeros(8, 8), {"order": [1, 1]}, ValueError, r"each interface 1 ... 2 of 3 factors once, got \[1, 1\]"),
+        (torch.zeros(8, 8), {"order": [0, 1]}, ValueError, r"each interface 1 ... 2 of 3 factors once, got \[0, 1\]"),
+        (torch.zeros(8, 8), {"refine": -1}, ValueError, r"refine >= 0 sweeps, got -1"),
+        (torch.zeros(2, 8, 8), {"metric": Metric(torch.eye(8))}, ValueError, r"one real matrix, got \(2, 8, 8\)"),
+        (torch.zeros(8, 8) + 0j, {"metric": Metric(torch.eye(8))}, ValueError, r"one real matrix, .*complex64"),
+        (torch.zeros(8, 8), {"metric": Metric(torch.eye(6))}, ValueError, r"6 columns, got \(8, 8\)"),
+    ],
+)
+def test_what_cannot_be_factorized_is_refused(matrix, options, error, message):
+    with pytest.raises(error, match=message):
+        factorize(matrix, Chain.butterfly(8), **options)
+
+
+def test_a_chain_without_a_direction_is_refused():
+    chain = Chain([*Chain.butterfly(4), *Chain.butterfly(4).transpose])
+    with pytest.raises(ValueError, match=r"not chainable. Ascending, factors 3 and 4"):
+        factorize(torch.zeros(4, 4), chain)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "message"),
+    [
+        (torch.zeros(4, 4), {}, r"either max_params or tolerance, got None and None"),
+        (torch.zeros(4, 4), {"max_params": 8, "tolerance": 0.1}, r"either max_params or tolerance, got 8 and 0.1"),
+        (torch.zeros(2, 4, 4), {"tolerance": 0.1}, r"one matrix \(m, n\), got \(2, 4, 4\)"),
+        (torch.zeros(4, 4), {"tolerance": -0.1}, r"tolerance >= 0, got -0.1"),
+        (torch.zeros(4, 4), {"max_params": 3}, r"max_params=3 is below the smallest chain of 4 x 4, 8"),
+        (torch.eye(4) / 0, {"max_params": 8}, r"16 of 16 entries that are not finite"),
+    ],
+)
+def test_what_no_chain_can_be_chosen_for_is_refused(matrix, options, message):
+    with pytest.raises(ValueError, match=message):
+        best_chain(matrix, **options)

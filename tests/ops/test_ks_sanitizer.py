@@ -1,0 +1,75 @@
+"""The native kernels under AddressSanitizer: no read or write outside of any buffer, in any instruction set."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from eke import ops
+
+SOURCES = Path(ops.__file__).parent / "ks_matmul"
+PROGRAM = """
+#include "common.h"
+#include <initializer_list>
+#include <stdio.h>
+#include <stdlib.h>
+
+extern "C" int eke_ks_level(void);
+extern "C" int eke_ks_forward(int, i64, i64, i64, i64, const void*, i64, void*, i64, i64, const Factor*, const float*,
+                              i64);
+extern "C" int eke_ks_gradient(int, i64, i64, i64, const float*, i64, const float*, i64, float*, i64, i64, i64, i64);
+
+// Buffers of exactly the size needed, so that one float too far is caught.
+static float* filled(i64 n, unsigned seed) {
+  float* p = (float*)malloc(n * sizeof(float));
+  for (i64 e = 0; e < n; e++) { seed = seed * 1664525u + 1013904223u; p[e] = (float)(seed >> 16) / 65536.0f - 0.5f; }
+  return p;
+}
+
+int main() {
+  const i64 sizes[] = {1, 2, 3, 4, 5, 8, 12, 17}, strides[] = {1, 2, 3, 4, 5, 8, 12, 16, 20, 24, 48};
+  const i64 batches[] = {1, 5, 18, 70};
+  i64 cases = 0;
+  for (int level = 0; level <= eke_ks_level(); level++)
+    for (i64 a : {1, 3}) for (i64 b : sizes) for (i64 c : sizes) for (i64 d : strides) for (i64 n : batches)
+      for (i64 layout = 0; layout < 2; layout++) {
+        i64 in = a * c * d, out = a * b * d;
+        float *x = filled(in * n, 1), *w = filled(a * b * c * d, 2), *y = filled(out * n, 3);
+        float* g = filled(a * b * c * d, 4);
+        i64 xs = layout ? n : in, ys = layout ? n : out;
+        Factor f = {a, b, c, d, b * c * d, c * d, d, 1, w}, t = {a, c, b, d, b * c * d, d, c * d, 1, w};
+        if (eke_ks_forward(level, 1, layout, 0, n, x, xs, y, ys, 1, &f, nullptr, 0)) return 1;
+        float* back = filled(in * n, 5);
+        if (eke_ks_forward(level, 1, layout, 0, n, y, ys, back, xs, 1, &t, nullptr, 1)) return 1;
+        if (eke_ks_gradient(level, 1, layout, n, x, xs, y, ys, g, a, b, c, d)) return 1;
+        // <K x, K x> = <K^T K x, x> where nothing was clipped, and = <w, gradient>.
+        double left = 0, right = 0;
+        for (i64 e = 0; e < out * n; e++) left += (double)y[e] * y[e];
+        for (i64 e = 0; e < a * b * c * d; e++) right += (double)w[e] * g[e];
+        if (!(left - right < 1e-3 * (1 + left) && right - left < 1e-3 * (1 + left))) return 2;
+        free(x); free(w); free(y); free(g); free(back);
+        cases++;
+      }
+  printf("%lld cases\\n", (long long)cases);
+  return 0;
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_no_access_outside_of_a_buffer(tmp_path):
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(PROGRAM)
+    files = sorted(SOURCES.glob("cpu*.cpp"))
+    assert len(files) == 4
+    subprocess.run(
+        ["g++", "-O1", "-w", "-fsanitize=address", f"-I{SOURCES}", "-o", program, source, *files],
+        check=True,
+    )  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) > 10_000
