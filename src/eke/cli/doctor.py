@@ -41,6 +41,7 @@ def examined() -> dict[str, Any]:
     import torch
 
     from ..cost import environment
+    from ..ops.ks_matmul import describe
 
     machine = environment().to_json()
     return {
@@ -55,7 +56,7 @@ def examined() -> dict[str, Any]:
         "instruction sets": machine["instruction_sets"],
         "torch kernels": machine["torch_kernels"],
         "accelerator": machine["accelerator"],
-        "native kernels": "none yet; torch's own are used",
+        "native kernels": {"Kronecker-sparse products": describe()},
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},

@@ -63,9 +63,12 @@ def _check(x: Tensor, blocks: Tensor, *, batch_last: bool, name: str) -> None:
 
 def _cast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the tensors in autocast's type where autocast is on, as they are otherwise."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x, others
-    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x, others
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), [other.to(dtype) for other in others]
 
 
@@ -80,8 +83,7 @@ def ks_matmul(x: Tensor, blocks: Tensor) -> Tensor:
         Outputs, (..., a*b*d), of the type of x. Differentiable in x and blocks, twice.
         Shapes, types or devices that do not fit are a ValueError.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, (blocks,) = _cast(x, (blocks,))
+    x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=False, name="ks_matmul")
     if x.dim() == 2:
         return operators.matmul(x, blocks, batch_last=False)
@@ -133,10 +135,10 @@ def ks_chain_matmul(
         raise ValueError("ks_chain_matmul needs at least one factor, got an empty list.")
     x, blocks_list = _cast(x, blocks_list)
     for number, blocks in enumerate(blocks_list):
-        if blocks.dim() != 4 or blocks.dtype != x.dtype or blocks.device != x.device:
+        if blocks.dim() != 4 or 0 in blocks.shape or blocks.dtype != x.dtype or blocks.device != x.device:
             raise ValueError(
-                f"ks_chain_matmul needs 4-dimensional factors of x's type and device ({x.dtype}, {x.device}), "
-                f"got {blocks.dim()} dimensions, {blocks.dtype} and {blocks.device} at factor {number}."
+                f"ks_chain_matmul needs factors (a, b, c, d) with positive entries, of x's type and device ({x.dtype}, "
+                f"{x.device}), got {tuple(blocks.shape)}, {blocks.dtype} and {blocks.device} at factor {number}."
             )
     for number, (left, right) in enumerate(itertools.pairwise(blocks_list)):
         (a, _, c, d), (p, q, _, s) = left.shape, right.shape
@@ -149,8 +151,11 @@ def ks_chain_matmul(
     a, b, _, d = blocks_list[0].shape
     if bias is not None:
         bias = bias.to(x.dtype)
-        if bias.shape != (a * b * d,):
-            raise ValueError(f"ks_chain_matmul needs a bias of shape ({a * b * d},), got {tuple(bias.shape)}.")
+        if bias.shape != (a * b * d,) or bias.device != x.device:
+            raise ValueError(
+                f"ks_chain_matmul needs a bias of shape ({a * b * d},) on {x.device}, got {tuple(bias.shape)} on "
+                f"{bias.device}."
+            )
     flat = x.reshape(-1, x.shape[-1])
     fused = activation is torch.relu or activation is torch.nn.functional.relu
     y = operators.chain(flat, list(blocks_list), bias, relu=fused).reshape(*x.shape[:-1], a * b * d)

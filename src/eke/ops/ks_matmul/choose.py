@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -79,6 +80,17 @@ def seconds_of(run: Callable[[], object], repeats: int) -> float:
     return sorted(times)[repeats // 4]
 
 
+def _ones(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device="cpu")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Measure what is measured, whatever the caller has switched on: answers are kept for the whole process."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 @functools.cache
 def rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     """Measure operations per second of torch's dense product and of the native kernel.
@@ -90,12 +102,12 @@ def rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     Returns:
         Rate of the dense product, rate of the native kernel (0 where it cannot run).
     """
-    x, matrix = torch.ones(192, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-    dense = 2 * 192 * 256 * 256 / seconds_of(lambda: torch.nn.functional.linear(x, matrix), 8)
-    if not native.supports(x):
-        return dense, 0.0
-    blocks = torch.ones(4, 64, 64, 1)
-    return dense, 2 * 192 * 4 * 64 * 64 / seconds_of(lambda: native.forward(x, [blocks], batch_last=False), 8)
+    x, matrix, blocks = _ones((192, 256), dtype), _ones((256, 256), dtype), _ones((4, 64, 64, 1), torch.float32)
+    with _alone():
+        dense = 2 * 192 * 256 * 256 / seconds_of(lambda: torch.nn.functional.linear(x, matrix), 8)
+        if not native.supports(x):
+            return dense, 0.0
+        return dense, 2 * 192 * 4 * 64 * 64 / seconds_of(lambda: native.forward(x, [blocks], batch_last=False), 8)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,9 +132,9 @@ def _predict(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype,
 
 
 def _measure(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype, *, batch_last: bool) -> Algorithm:
-    blocks = torch.ones(pattern, dtype=dtype)
+    blocks = _ones(pattern, dtype)
     width = pattern[0] * pattern[2] * pattern[3]
-    x = torch.ones((width, batch) if batch_last else (batch, width), dtype=dtype)
+    x = _ones((width, batch) if batch_last else (batch, width), dtype)
     names: list[Algorithm] = [name for name in ALGORITHMS if name != "native" or native.supports(x)]
     if pattern[0] * pattern[3] > 16:
         names.remove("dense")
@@ -153,11 +165,12 @@ def choose_algorithm(
             `ks_matmul` with the same case follow it.
 
     Returns:
-        "native", "dense", "bmm" or "einsum".
+        "native", "dense", "bmm" or "einsum". Where it hangs on measured rates (bfloat16, at most three groups), two
+        processes may choose differently; results then differ by rounding.
     """
     key = (pattern, batch, dtype, batch_last, torch.get_num_threads()) if measure or _MEASURED else None
     if key is not None and measure:
-        with torch.no_grad():
+        with _alone():
             _MEASURED[key] = _measure(pattern, batch, dtype, batch_last=batch_last)
     known = _MEASURED.get(key) if key is not None else None
     if known is not None:

@@ -86,7 +86,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]  # noqa: D103
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _strides(x: Tensor, batch_last: bool) -> tuple[int, int]:
@@ -110,10 +110,11 @@ def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool) -> Tensor:
     y = x.new_empty((a * b * d, batch) if batch_last else (batch, a * b * d))
     programs = a * d * triton.cdiv(batch, ROWS) * triton.cdiv(b, COLUMNS)
     if programs:
-        product_kernel[(programs,)](
-            x, blocks, y, batch, b, c, d, *_strides(x, batch_last), *_strides(y, batch_last), *blocks.stride(),
-            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=depth(x.dtype), PRECISION=_precision(), num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            product_kernel[(programs,)](
+                x, blocks, y, batch, b, c, d, *_strides(x, batch_last), *_strides(y, batch_last), *blocks.stride(),
+                ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=depth(x.dtype), PRECISION=_precision(), num_warps=WARPS,
+            )  # fmt: skip
     return y
 
 
@@ -132,8 +133,9 @@ def gradient(x: Tensor, grad: Tensor, shape: tuple[int, int, int, int], *, batch
     a, b, c, d = shape
     w = x.new_empty(shape)
     programs = a * d * triton.cdiv(b, ROWS) * triton.cdiv(c, COLUMNS)
-    gradient_kernel[(programs,)](
-        x, grad, w, x.shape[1 if batch_last else 0], b, c, d, *_strides(x, batch_last), *_strides(grad, batch_last),
-        ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=depth(x.dtype), PRECISION=_precision(), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        gradient_kernel[(programs,)](
+            x, grad, w, x.shape[1 if batch_last else 0], b, c, d, *_strides(x, batch_last), *_strides(grad, batch_last),
+            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=depth(x.dtype), PRECISION=_precision(), num_warps=WARPS,
+        )  # fmt: skip
     return w

@@ -12,6 +12,7 @@ import functools
 import logging
 import struct
 from collections.abc import Sequence
+from importlib import machinery
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 _LOGGER = logging.getLogger(__name__)
 _PARALLEL_WORK = 2_000_000
 """Multiply-adds from which threads pay: about 50 microseconds of one core."""
+LONGEST = 64
+"""Factors that one call takes."""
 _FIRST, _LAST = 0, 1
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LEVELS = ("plain C++", "AVX2", "AVX-512")
@@ -36,8 +39,9 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library, or None where it was not compiled (said once in the log).
     """
-    for path in sorted(Path(__file__).parent.glob("_cpu*")):
-        if path.suffix not in {".so", ".dylib", ".pyd"}:
+    # Another Python's build may lie beside this one's.
+    for path in (Path(__file__).parent / f"_cpu{suffix}" for suffix in machinery.EXTENSION_SUFFIXES):
+        if not path.exists():
             continue
         try:
             loaded = ctypes.CDLL(str(path))
@@ -116,14 +120,25 @@ def forward(
         Outputs of the type of x, (batch, outputs) or (outputs, batch).
 
     Raises:
+        ValueError: if a factor does not fit what it multiplies: the kernel would read past its end.
         MemoryError: if scratch memory for the call cannot be had.
     """
     loaded = library()
     assert loaded is not None  # callers ask available() first
     x = _rows(x)
-    a, b, _, d = factors[-1].shape
+    width = x.shape[0 if batch_last else 1]
+    for blocks in factors:
+        a, b, c, d = blocks.shape
+        if width != a * c * d or blocks.dtype != torch.float32 or not blocks.numel():
+            raise ValueError(
+                f"A factor {tuple(blocks.shape)} of {blocks.dtype} cannot multiply {width} features: it must be "
+                f"float32, not empty, and take a*c*d = {a * c * d}."
+            )
+        width = a * b * d
+    if not 1 <= len(factors) <= LONGEST:
+        raise ValueError(f"The kernel takes 1 to {LONGEST} factors in one call, got {len(factors)}.")
     batch = x.shape[1 if batch_last else 0]
-    y = x.new_empty((a * b * d, batch) if batch_last else (batch, a * b * d))
+    y = x.new_empty((width, batch) if batch_last else (batch, width))
     records = b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
     work = batch * sum(blocks.numel() for blocks in factors)
     if not y.numel():
@@ -152,11 +167,21 @@ def gradient(
 
     Returns:
         Gradient of the entries, (a, b, c, d).
+
+    Raises:
+        ValueError: if x and grad are not those of a product of this shape: the kernel would read past their ends.
     """
     loaded = library()
     assert loaded is not None  # callers ask available() first
     x, grad = _rows(x), _rows(grad)
     batch = x.shape[1 if batch_last else 0]
+    a, b, c, d = shape
+    inputs, outputs = [(size, batch) if batch_last else (batch, size) for size in (a * c * d, a * b * d)]
+    if x.shape != inputs or grad.shape != outputs or x.dtype != torch.float32 or grad.dtype != torch.float32:
+        raise ValueError(
+            f"The gradient for blocks {shape} needs float32 x {inputs} and grad {outputs}, got {tuple(x.shape)} of "
+            f"{x.dtype} and {tuple(grad.shape)} of {grad.dtype}."
+        )
     out = x.new_empty(shape)
     if not batch:
         return out.zero_()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils import flop_counter
 
@@ -31,14 +32,21 @@ def _direct(*tensors: Tensor) -> bool:
     """Return whether nobody watches this call: no gradient, no tracing, no mode, no subclass of Tensor."""
     if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
         return False
-    if _C._functorch.peek_interpreter_stack() is not None:
+    if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None or _forward_mode():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:  # a loop: a generator costs more than what it asks
         kind = type(tensor)
         if (kind is not Tensor and kind is not Parameter) or (grad and tensor.requires_grad) or not tensor.is_cpu:
             return False
+        if tensor.is_neg():  # its data have the other sign
+            return False
     return True
+
+
+def _forward_mode() -> bool:
+    """Return whether derivatives are carried along forwards: the operators have none, torch's own operations do."""
+    return forward_ad._current_level >= 0
 
 
 def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool) -> Tensor:
@@ -54,6 +62,8 @@ def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool) -> Tensor:
     """
     if _direct(x, blocks):
         return _matmul(x, blocks, batch_last)
+    if not torch.compiler.is_compiling() and _forward_mode():
+        return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
     product: Tensor = torch.ops.eke.ks_matmul(x, blocks, batch_last)
     return product
 
@@ -73,7 +83,8 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
     tensors = [x, *factors] if bias is None else [x, *factors, bias]
     if _direct(*tensors):
         return _chain(x, factors, bias, relu)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    forward = not torch.compiler.is_compiling() and _forward_mode()
+    if forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         # The derivative needs what lies between the factors, so there is nothing to gain from one pass.
         for blocks in reversed(factors):
             x = matmul(x, blocks, batch_last=False)
@@ -97,7 +108,8 @@ def _matmul(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor:
         return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
     a, b, c, d = blocks.shape
     name = choose.choose_algorithm((a, b, c, d), x.shape[1 if batch_last else 0], x.dtype, batch_last=batch_last)
-    return choose.ALGORITHMS[name](x, blocks, batch_last)
+    # As the fake implementation has it.
+    return choose.ALGORITHMS[name](x, blocks, batch_last).contiguous()
 
 
 def _gradient(x: Tensor, grad: Tensor, shape: list[int], batch_last: bool) -> Tensor:
@@ -116,6 +128,9 @@ def _gradient(x: Tensor, grad: Tensor, shape: list[int], batch_last: bool) -> Te
 def _chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
     if native.supports(x):
         applied = choose.merge_neighbours([blocks.float() for blocks in factors], x.shape[0])[::-1]
+        while len(applied) > native.LONGEST:
+            x = native.forward(x, applied[: native.LONGEST], batch_last=False)
+            applied = applied[native.LONGEST :]
         return native.forward(
             x, applied, batch_last=False, bias=None if bias is None else bias.float().contiguous(), relu=relu
         )
