@@ -88,14 +88,15 @@ class BLASTLinear(nn.Module):
         sweeps: int = 30,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Project a dense layer by alternating least squares from a random start.
+        """Project a dense layer by alternating least squares.
 
         Args:
             linear: Left as it is.
             blocks: See the class.
             rank: See the class.
             sweeps: Rounds over V, s and U; the error never grows.
-            generator: Source of the start; None for torch's own.
+            generator: Source of a random start; None starts from the best matrix of this rank, which is one of these
+                with s = 1, so the error is at most that one's. Random starts may end lower or in a local minimum.
 
         Returns:
             A layer near the dense one.
@@ -103,20 +104,29 @@ class BLASTLinear(nn.Module):
         weight = linear.weight.detach()
         layer = cls(
             linear.in_features, linear.out_features, blocks=blocks, rank=rank, bias=linear.bias is not None,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
-        layer.reset_parameters(generator=generator)
+            device="meta", dtype=weight.dtype,
+        ).to_empty(device=weight.device).train(linear.training)  # fmt: skip
+        if generator is not None:
+            layer.reset_parameters(generator=generator)
         with torch.no_grad():
-            layer._fit(weight, sweeps)
+            layer._fit(weight, sweeps, from_rank=generator is None)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        return layer
+        return layer.requires_grad_(linear.weight.requires_grad)
 
-    def _fit(self, weight: Tensor, sweeps: int) -> None:
+    def _fit(self, weight: Tensor, sweeps: int, *, from_rank: bool) -> None:
         (rows, cols), (height, width) = self.blocks, (self.left.shape[1], self.right.shape[2])
-        more = (0, cols * width - self.in_features, 0, rows * height - self.out_features)
-        target = nn.functional.pad(weight.double(), more).reshape(rows, height, cols, width)
+        padded = nn.functional.pad(
+            weight.double(), (0, cols * width - self.in_features, 0, rows * height - self.out_features)
+        )
+        target = padded.reshape(rows, height, cols, width)
         u, s, v = self.left.double(), torch.ones_like(self.middle, dtype=torch.float64), self.right.double()
+        if from_rank:
+            outer, values, inner = torch.linalg.svd(padded, full_matrices=False)
+            rank = min(self.rank, len(values))
+            u, v = torch.zeros_like(u), torch.zeros_like(v)
+            u[..., :rank] = (outer[:, :rank] * values[:rank]).reshape(rows, height, rank)
+            v[:, :rank] = inner[:rank].reshape(rank, cols, width).transpose(0, 1)
         for _ in range(sweeps):
             # U_i: rows of A against [diag(s_ij) V_j]_j.
             wide = torch.einsum("ijr,jrq->irjq", s, v).flatten(2)
@@ -154,8 +164,9 @@ class BLASTLinear(nn.Module):
         groups = x.reshape(-1, cols, width).transpose(0, 1)
         coded = torch.bmm(groups, self.right.mT)  # (b2, n, r)
         mixed = torch.einsum("ijr,jnr->inr", self.middle, coded)
-        y = torch.bmm(mixed, self.left.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)[..., : self.out_features]
-        return y if self.bias is None else y + self.bias
+        y = torch.bmm(mixed, self.left.mT).transpose(0, 1).flatten(1)[:, : self.out_features]
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Return what print(layer) shows."""

@@ -160,18 +160,20 @@ class KSLinear(nn.Module):
             A layer near the dense one; compare `to_dense()` with its weight.
         """
         weight = linear.weight.detach()
+        # On meta nothing is drawn: the caller's random numbers stay as they are.
         layer = cls(
             linear.in_features, linear.out_features, chain=chain, rank=rank, blocks=blocks,
-            bias=linear.bias is not None, device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
+            bias=linear.bias is not None, device="meta", dtype=weight.dtype,
+        ).to_empty(device=weight.device).train(linear.training)  # fmt: skip
         rows, cols = layer.chain.shape
         padded = nn.functional.pad(weight, (0, cols - linear.in_features, 0, rows - linear.out_features))
+        padded = padded.to(torch.promote_types(weight.dtype, torch.float32))
         with torch.no_grad():
             for parameter, found in zip(layer.factors, factorize(padded, layer.chain).blocks):
                 parameter.copy_(found)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        return layer
+        return layer.requires_grad_(linear.weight.requires_grad)
 
     def to_dense(self) -> Tensor:
         """Return the weight, (out_features, in_features), differentiable in the factors."""
@@ -198,7 +200,7 @@ class KSLinear(nn.Module):
         if rows == self.out_features:
             return ks_chain_matmul(x, list(self.factors), bias=self.bias)
         y = ks_chain_matmul(x, list(self.factors))[..., : self.out_features]
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Return what print(layer) shows."""
