@@ -465,7 +465,7 @@ def test_chain_errors_name_the_factors():
         ops.ks_chain_matmul(x, [blocks, blocks])
     with pytest.raises(ValueError, match=r"got \(3, 4, 5\), torch.float32 and cpu at factor 0"):
         ops.ks_chain_matmul(x, [blocks[0]])
-    with pytest.raises(ValueError, match=r"bias of shape \(30,\), got \(31,\)"):
+    with pytest.raises(ValueError, match=r"bias of shape \(30,\) on cpu, got \(31,\) on cpu"):
         ops.ks_chain_matmul(x, [blocks], bias=torch.ones(31))
 
 
