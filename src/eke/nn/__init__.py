@@ -6,5 +6,17 @@ from .blast import BLASTLinear
 from .ks_conv import KSConv2d
 from .ks_linear import KSLinear, named_chain
 from .param_groups import Core, initial_std, param_groups
+from .swap import Replaced, SwappedLayer, replace_linears
 
-__all__ = ["BLASTLinear", "Core", "KSConv2d", "KSLinear", "initial_std", "named_chain", "param_groups"]
+__all__ = [
+    "BLASTLinear",
+    "Core",
+    "KSConv2d",
+    "KSLinear",
+    "Replaced",
+    "SwappedLayer",
+    "initial_std",
+    "named_chain",
+    "param_groups",
+    "replace_linears",
+]

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import factorize
+from ..linalg import Factorization, Metric, factorize
 from ..ops import ks_chain_matmul
 from ..patterns import Chain, to_dense
 from .param_groups import Core, initial_std
@@ -24,6 +24,7 @@ from .param_groups import Core, initial_std
 ChainName = Literal["monarch", "butterfly", "btt", "low_rank"]
 _NAMES = ("monarch", "butterfly", "btt", "low_rank")
 _BLOCKS = 4
+Layer = TypeVar("Layer", bound="KSLinear")
 
 
 def _up(n: int, multiple: int) -> int:
@@ -146,7 +147,14 @@ class KSLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, *, chain: Chain | ChainName, rank: int | None = None, blocks: int | None = None
+        cls,
+        linear: nn.Linear,
+        *,
+        chain: Chain | ChainName,
+        rank: int | None = None,
+        blocks: int | None = None,
+        metric: Metric | None = None,
+        refine: int = 0,
     ) -> Self:
         """Project a dense layer: the factors of its weight by `linalg.factorize`, the same bias.
 
@@ -155,25 +163,14 @@ class KSLinear(nn.Module):
             chain: A chainable chain, or the name of a kind.
             rank: For a named chain.
             blocks: For chain="monarch".
+            metric: Measures the change, such as `Metric(x.T @ x / len(x))` of the layer's inputs x; None for the plain
+                distance of the weights.
+            refine: Sweeps over the factors afterwards, each of which can only lower the error.
 
         Returns:
             A layer near the dense one; compare `to_dense()` with its weight.
         """
-        weight = linear.weight.detach()
-        # On meta nothing is drawn: the caller's random numbers stay as they are.
-        layer = cls(
-            linear.in_features, linear.out_features, chain=chain, rank=rank, blocks=blocks,
-            bias=linear.bias is not None, device="meta", dtype=weight.dtype,
-        ).to_empty(device=weight.device).train(linear.training)  # fmt: skip
-        rows, cols = layer.chain.shape
-        padded = nn.functional.pad(weight, (0, cols - linear.in_features, 0, rows - linear.out_features))
-        padded = padded.to(torch.promote_types(weight.dtype, torch.float32))
-        with torch.no_grad():
-            for parameter, found in zip(layer.factors, factorize(padded, layer.chain).blocks):
-                parameter.copy_(found)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
-        return layer.requires_grad_(linear.weight.requires_grad)
+        return projected(cls, linear, chain=chain, rank=rank, blocks=blocks, metric=metric, refine=refine)[0]
 
     def to_dense(self) -> Tensor:
         """Return the weight, (out_features, in_features), differentiable in the factors."""
@@ -205,3 +202,52 @@ class KSLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return what print(layer) shows."""
         return f"{self.in_features}, {self.out_features}, chain={self.chain}, bias={self.bias is not None}"
+
+
+def projected(
+    kind: type[Layer],
+    linear: nn.Linear,
+    *,
+    chain: Chain | ChainName,
+    rank: int | None = None,
+    blocks: int | None = None,
+    metric: Metric | None = None,
+    refine: int = 0,
+) -> tuple[Layer, Factorization]:
+    """Project a dense layer and say how near it came.
+
+    Args:
+        kind: `KSLinear`, or a class derived from it.
+        linear: Left as it is.
+        chain: A chainable chain, or the name of a kind.
+        rank: For a named chain.
+        blocks: For chain="monarch".
+        metric: Measures the change; None for the plain distance of the weights.
+        refine: Sweeps over the factors afterwards.
+
+    Returns:
+        The layer, and the factorization of its weight (with zeros added where the chain is larger).
+
+    Raises:
+        ValueError: if a metric comes with a chain of another size than the layer's.
+    """
+    weight = linear.weight.detach()
+    # On meta nothing is drawn: the caller's random numbers stay as they are.
+    layer = kind(
+        linear.in_features, linear.out_features, chain=chain, rank=rank, blocks=blocks,
+        bias=linear.bias is not None, device="meta", dtype=weight.dtype,
+    ).to_empty(device=weight.device).train(linear.training)  # fmt: skip
+    rows, cols = layer.chain.shape
+    if metric is not None and (rows, cols) != tuple(weight.shape):
+        raise ValueError(
+            f"A metric needs a chain of the layer's size {tuple(weight.shape)}, got {rows} x {cols}: {layer.chain}."
+        )
+    padded = nn.functional.pad(weight, (0, cols - linear.in_features, 0, rows - linear.out_features))
+    padded = padded.to(torch.promote_types(weight.dtype, torch.float32))
+    found = factorize(padded, layer.chain, metric=metric, refine=refine)
+    with torch.no_grad():
+        for parameter, block in zip(layer.factors, found.blocks):
+            parameter.copy_(block)
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+    return layer.requires_grad_(linear.weight.requires_grad), found
