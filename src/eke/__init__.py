@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import compression, cost, curvature, demo, linalg, nn, ops, patterns, report, sites, solvers, structures
+    from . import (
+        compression,
+        cost,
+        curvature,
+        demo,
+        linalg,
+        nn,
+        ops,
+        patterns,
+        report,
+        sites,
+        solvers,
+        structures,
+        unrolled,
+    )
     from ._types import Counts
     from .compression import Budget, Result, Task, compress, front, load, survey
     from .linalg import best_chain, factorize
@@ -47,6 +61,7 @@ _LOCATIONS = {
     "sites": "",
     "solvers": "",
     "structures": "",
+    "unrolled": "",
 }
 """Where each public name lives: the room that defines it, or nothing for a room itself."""
 
@@ -77,6 +92,7 @@ __all__ = [
     "solvers",
     "structures",
     "survey",
+    "unrolled",
 ]
 
 
