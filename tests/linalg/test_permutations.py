@@ -101,3 +101,11 @@ def test_unknown_orders_are_found_under_noise(kind):
 def test_what_has_no_orders_to_find_is_refused(matrix, options, message):
     with pytest.raises(ValueError, match=message):
         find_permutations(matrix, **options)
+
+
+def test_the_best_of_eight_orders_is_of_one_matrix():
+    for stack in (torch.zeros(2, 8, 8), torch.zeros(8, 8, 8)):
+        with pytest.raises(ValueError, match=r"needs one matrix \(m, n\), got \(., 8, 8\)"):
+            best_level_permutation(stack, Chain.butterfly(8))
+    with pytest.raises(ValueError, match=r"describes 8 x 8 matrices, got \(8, 4\)"):
+        best_level_permutation(torch.zeros(8, 4), Chain.butterfly(8))

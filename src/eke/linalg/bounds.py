@@ -10,6 +10,7 @@ The first holds because every product of the chain is also a product of the two;
 orthogonal projection in the whole, so that squared errors add up, and earlier projections do not raise later E_s.
 A matrix is a product of the chain iff every E_s is 0. E_s depends on three integers only (`spectrum`), which makes a
 search over all chains possible. Cost: block singular values, O(n^2.5) at the middle interface of a square butterfly.
+All of it is relative, so matrices whose squares would leave the range of numbers are scaled by a power of two first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from ..patterns import Chain, KSPattern, from_dense
 from .fixed_support import Interface
+
+_RANGE = 2.0**100
+"""Norms up to this and from its inverse on are left as they are."""
 
 
 def interface_errors(matrix: Tensor, chain: Chain) -> Tensor:
@@ -32,11 +36,11 @@ def interface_errors(matrix: Tensor, chain: Chain) -> Tensor:
         (..., L - 1), float64; 0 where a matrix is 0.
 
     Raises:
-        ValueError: if the chain is not chainable, or has another shape.
+        ValueError: if the chain is not chainable, or has another shape, or an entry is not finite.
     """  # noqa: DOC502
     if chain.direction == "descending":
         return interface_errors(matrix.mT, chain.transpose).flip(-1)
-    matrix = in_double(matrix)
+    matrix, _ = normalized(matrix)
     values = from_dense(matrix, chain.product())
     outside = outside_energy(matrix, values)
     tails = []
@@ -47,24 +51,24 @@ def interface_errors(matrix: Tensor, chain: Chain) -> Tensor:
     return relative(errors, torch.linalg.matrix_norm(matrix)[..., None])
 
 
-def spectrum(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """Return the energies that rank r leaves at the interface (rows, cols) of a full matrix.
+def spectrum(matrices: Tensor, rows: int, cols: int) -> Tensor:
+    """Return the energies that rank r leaves at the interface (rows, cols) of full matrices, summed over a stack.
 
     Left of it the chain has split off a factor `rows` of the rows and `cols` of the columns. The blocks are
     rows x (n / cols), and E_s^2 is entry r = r_s, whatever else the chain is.
 
     Args:
-        matrix: (m, n), real or complex.
+        matrices: (..., m, n), real or complex.
         rows: q_1 ... q_s, divides m.
         cols: p_1 ... p_s, divides n.
 
     Returns:
         (k + 1,) float64 with k = min(rows, n / cols): energies of the singular values from r on, for r = 0 ... k.
     """
-    m, n = matrix.shape
+    m, n = matrices.shape[-2:]
     left = KSPattern(1, rows, cols, m // rows)
     between = Interface.between(left, KSPattern(cols, m // rows, n // cols, 1))
-    sigma = torch.linalg.svdvals(between.blocks(in_double(matrix)[None, ..., None]))
+    sigma = torch.linalg.svdvals(between.blocks(in_double(matrices)[..., None, :, :, None]))
     energies = sigma.square().flatten(0, -2).sum(0)
     return torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)))
 
@@ -72,6 +76,46 @@ def spectrum(matrix: Tensor, rows: int, cols: int) -> Tensor:
 def in_double(matrix: Tensor) -> Tensor:
     """Return a matrix, detached, in float64 or complex128."""
     return matrix.detach().to(torch.complex128 if matrix.is_complex() else torch.float64)
+
+
+def normalized(values: Tensor, *, dims: int = 2) -> tuple[Tensor, Tensor]:
+    """Return values in double precision, brought to a peak near 1 where fourth powers would leave the range.
+
+    Args:
+        values: (..., and `dims` dimensions that are scaled together).
+        dims: How many dimensions one matrix has, or the entries of one factor.
+
+    Returns:
+        The values times 2^-e, the same ones where no e is needed, and e (...), int64.
+
+    Raises:
+        ValueError: if an entry is not finite.
+    """
+    double = in_double(values)
+    parts = torch.view_as_real(double.resolve_conj()) if double.is_complex() else double
+    within = tuple(range(-dims - double.is_complex(), 0))
+    # One pass without a copy says that all is finite and of a good size, which is nearly always so.
+    norms = torch.linalg.vector_norm(parts, dim=within)
+    exponents = torch.zeros(norms.shape, dtype=torch.int64, device=norms.device)
+    safe = (norms <= _RANGE) & (norms >= 1 / _RANGE)
+    if bool(safe.all()):
+        return double, exponents
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"factorize got {bad} of {values.numel()} entries that are not finite; check the matrix.")
+    peaks = parts.abs().amax(within)
+    exponents = torch.frexp(peaks).exponent.long().masked_fill(safe | (peaks == 0), 0)
+    return times_power(double, -exponents, dims=dims), exponents
+
+
+def times_power(values: Tensor, exponents: Tensor, *, dims: int = 2) -> Tensor:
+    """Return values (..., and `dims` dimensions) times 2^exponents (...), in two steps because 2^1024 is no number."""
+    if not bool(exponents.any()):
+        return values
+    first = exponents // 2
+    for part in (first, exponents - first):
+        values = values * torch.exp2(part.double()).reshape(*part.shape, *[1] * dims)
+    return values
 
 
 def relative(errors: Tensor, norms: Tensor) -> Tensor:

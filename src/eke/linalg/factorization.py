@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..patterns import Chain, from_dense, to_dense
-from .bounds import in_double, interface_errors, outside_energy, relative
+from .bounds import interface_errors, normalized, outside_energy, relative, times_power
 from .fixed_support import Interface, multiply
 from .metric import Metric
 
@@ -51,8 +51,8 @@ class Factorization:
     @cached_property
     def errors(self) -> Tensor:
         """Relative Frobenius error of each matrix, (...), float64."""
-        matrix, values = in_double(self.matrix), product(self.chain, [in_double(block) for block in self.blocks])
-        inside = from_dense(matrix, self.chain.product())
+        matrix, _ = normalized(self.matrix)
+        values, inside = self._values(), from_dense(matrix, self.chain.product())
         change = torch.linalg.vector_norm((values - inside).flatten(-4), dim=-1)
         whole = torch.hypot(change, outside_energy(matrix, inside).sqrt())
         return relative(whole, torch.linalg.matrix_norm(matrix))
@@ -88,20 +88,30 @@ class Factorization:
         """Relative error in the metric, sqrt(loss(change) / loss(matrix)); None without a metric."""
         if self.metric is None:
             return None
-        dense, matrix = product(self.chain, [in_double(block) for block in self.blocks]), in_double(self.matrix)
+        matrix, _ = normalized(self.matrix)
         whole = self.metric.loss(matrix)
-        return (self.metric.loss(to_dense(dense) - matrix) / whole) ** 0.5 if whole > 0 else 0.0
+        return (self.metric.loss(to_dense(self._values()) - matrix) / whole) ** 0.5 if whole > 0 else 0.0
+
+    def _values(self) -> Tensor:
+        """Return the product of the factors in double precision, times the power of two that normalizes the matrix."""
+        _, exponents = normalized(self.matrix)
+        parts = [normalized(block, dims=4) for block in self.blocks]
+        shift = sum((part for _, part in parts), -exponents)
+        return times_power(product(self.chain, [block for block, _ in parts]), shift, dims=4)
 
     def _outside(self) -> float:
-        matrix = in_double(self.matrix)
+        matrix, _ = normalized(self.matrix)
         outside = outside_energy(matrix, from_dense(matrix, self.chain.product())).sqrt()
         return self._together(relative(outside, torch.linalg.matrix_norm(matrix)))
 
     def _together(self, errors: Tensor) -> float:
         """Return the relative error of the whole stack from those of its matrices (...)."""
-        energies = torch.linalg.matrix_norm(in_double(self.matrix)).square()
-        whole = float(energies.sum())
-        return float((errors.square() * energies).sum() / whole) ** 0.5 if whole > 0 else 0.0
+        if errors.numel() == 0:
+            return 0.0
+        matrix, exponents = normalized(self.matrix)
+        norms = times_power(torch.linalg.matrix_norm(matrix), exponents - exponents.amax(), dims=0)
+        whole = torch.linalg.vector_norm(norms)
+        return float(torch.linalg.vector_norm(errors * norms) / whole) if whole > 0 else 0.0
 
 
 def product(chain: Chain, blocks: list[Tensor]) -> Tensor:

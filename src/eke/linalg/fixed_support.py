@@ -113,7 +113,7 @@ def _leading(blocks: Tensor, u: Tensor, v: Tensor) -> None:
     if rank == 1 and rows == 2:
         # Parts that stay in the cache: in one piece the time goes into memory that is seen for the first time.
         dim = max(range(blocks.ndim - 2), key=lambda i: blocks.shape[i])
-        size = max(1, 2 * _PIECE * blocks.shape[dim] // blocks.numel())
+        size = max(1, 2 * _PIECE * blocks.shape[dim] // max(1, blocks.numel()))
         for part in zip(*(torch.split(whole, size, dim) for whole in (blocks, u, v))):
             _leading_of_two(*part)
         return
@@ -189,10 +189,10 @@ def _gram_is_safe(energies: Tensor, rank: int) -> bool:
 
     Rounding turns an eigenvector of energy l_i towards one of energy l_j by eps l_1 / (l_i - l_j), which adds
     eps^2 l_1^2 / (l_i - l_j) to the squared error, never more than l_i - l_j. That is compared with the rounding of
-    the values themselves and with the error that is there anyway.
+    the values themselves and with the error that is there anyway, for each matrix of a stack by itself.
 
     Args:
-        energies: Eigenvalues (..., k) in ascending order.
+        energies: Eigenvalues (..., a1, t, s, d2, k) in ascending order, or those of a piece of one matrix.
         rank: How many of them are kept.
     """
     if rank == 1 or rank == energies.shape[-1]:
@@ -200,9 +200,11 @@ def _gram_is_safe(energies: Tensor, rank: int) -> bool:
     eps = torch.finfo(energies.dtype).eps
     top, last, dropped = energies[..., -1], energies[..., -rank], energies[..., -rank - 1]
     gap = last - dropped
-    added = torch.minimum((eps * top).square() / gap.clamp_min(torch.finfo(gap.dtype).tiny), eps * top).sum()
-    whole = energies.clamp_min(0)
-    return bool(added <= (4 * eps) ** 2 * whole.sum() + 1e-12 * whole[..., :-rank].sum())
+    added = torch.minimum((eps * top).square() / gap.clamp_min(torch.finfo(gap.dtype).tiny), eps * top)
+    whole, lost = energies.clamp_min(0).sum(-1), energies[..., :-rank].clamp_min(0).sum(-1)
+    one = tuple(range(-min(4, added.ndim), 0))
+    added, whole, lost = (part.sum(one) if one else part for part in (added, whole, lost))
+    return bool((added <= (4 * eps) ** 2 * whole + 1e-12 * lost).all())
 
 
 def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor]:

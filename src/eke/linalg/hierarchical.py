@@ -20,7 +20,7 @@ from torch import Tensor
 from .._errors import suggest
 from ..patterns import Chain, KSPattern, from_dense
 from . import weighted
-from .bounds import in_double
+from .bounds import normalized, times_power
 from .factorization import Factorization, product
 from .fixed_support import Interface, Side, expand, onto_left, onto_right, shift_left, shift_right, split
 from .metric import Metric
@@ -42,7 +42,8 @@ def factorize(
 ) -> Factorization:
     """Approximate a matrix by a product of factors with the patterns of a chain.
 
-    Works in double precision and rounds the factors once. Not differentiable: the factors are detached.
+    Works in double precision and rounds the factors once. A matrix of which squares would leave the range of numbers is
+    scaled by a power of two, which its factors share. Not differentiable: the factors are detached.
 
     Args:
         matrix: (..., m, n), float or complex of 32 or 64 bits a number; a stack is factorized matrix by matrix.
@@ -59,40 +60,42 @@ def factorize(
         The factors with their measured error and bounds.
 
     Raises:
-        TypeError: if the matrix is not a tensor of such a dtype.
+        TypeError: if the matrix is not a tensor of such a dtype, or the chain is no `Chain`.
         ValueError: if shapes do not fit, an entry is not finite, the chain is not chainable, the order is no
             permutation, refine is negative, or a metric is given for a stack or a complex matrix.
     """  # noqa: DOC502
     check_matrix(matrix, chain)
     _check_metric(matrix, metric)
-    if not isinstance(refine, int) or refine < 0:
+    if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise ValueError(f"factorize needs refine >= 0 sweeps, got {refine!r}.")
     interfaces = _interfaces(order, chain)
     proved = orthonormalize and metric is None and interfaces in (sorted(interfaces), sorted(interfaces, reverse=True))
-    descending = chain.direction == "descending"
-    if descending:
+    dense, exponents = normalized(matrix)
+    if chain.direction == "descending":
         blocks = _ascending(
-            matrix.mT, chain.transpose, [len(chain) - s for s in interfaces],
+            dense.mT, chain.transpose, [len(chain) - s for s in interfaces],
             orthonormalize=orthonormalize, refine=refine, metric=weighted.transposed(metric, matrix),
         )  # fmt: skip
         blocks = [block.transpose(-3, -2) for block in reversed(blocks)]
     else:
         blocks = _ascending(
-            matrix, chain, interfaces, orthonormalize=orthonormalize, refine=refine, metric=metric
+            dense, chain, interfaces, orthonormalize=orthonormalize, refine=refine, metric=metric
         )  # fmt: skip
+    share = exponents // len(chain)
+    powers = [share] * (len(chain) - 1) + [exponents - (len(chain) - 1) * share]
+    blocks = [times_power(block, power, dims=4) for block, power in zip(blocks, powers)]
     return Factorization(
         chain, [block.to(matrix.dtype).contiguous() for block in blocks], matrix.detach(), proved=proved, metric=metric
     )
 
 
 def _ascending(
-    matrix: Tensor, chain: Chain, order: list[int], *, orthonormalize: bool, refine: int, metric: Metric | None
+    dense: Tensor, chain: Chain, order: list[int], *, orthonormalize: bool, refine: int, metric: Metric | None
 ) -> list[Tensor]:
-    """Return the factors for an ascending chain, in double precision."""
+    """Return the factors of matrices in double precision for an ascending chain."""
     reduced, removed = chain.reduce()
     kept = [s for s in range(1, len(chain)) if s not in removed]
     order = [kept.index(s) + 1 for s in order if s in kept]
-    dense = in_double(matrix)
     if metric is None:
         values = from_dense(dense, reduced.product())
         blocks = _split_all(values, reduced, order, orthonormalize)
@@ -202,10 +205,12 @@ def _interfaces(order: Order, chain: Chain) -> list[int]:
                 found.append((lo + hi) // 2)
                 queue += [(lo, found[-1]), (found[-1], hi)]
         return found
+    if not isinstance(order, Sequence):
+        raise ValueError(f"order must be 'left', 'right', 'balanced' or a list of all interfaces, got {order!r}.")
     if isinstance(order, str):
         raise ValueError(f"Unknown order {order!r}.{suggest(order, ('left', 'right', 'balanced'))}")
-    given = list(order)
-    if sorted(given) != every:
+    given: list[int] = list(order)
+    if not all(isinstance(s, int) for s in given) or sorted(given) != every:
         raise ValueError(
             f"order must name each interface 1 ... {len(chain) - 1} of {len(chain)} factors once, got {given}."
         )
@@ -213,12 +218,14 @@ def _interfaces(order: Order, chain: Chain) -> list[int]:
 
 
 def check_matrix(matrix: Tensor, chain: Chain) -> None:
-    """Refuse what cannot be factorized with a chain.
+    """Refuse what cannot be factorized with a chain; `normalized` looks at the entries.
 
     Raises:
-        TypeError: if it is not a tensor of 32 or 64 bits a number.
-        ValueError: if its shape is not that of the chain, or an entry is not finite.
+        TypeError: if it is not a tensor of 32 or 64 bits a number, or the chain is no `Chain`.
+        ValueError: if its shape is not that of the chain.
     """
+    if not isinstance(chain, Chain):
+        raise TypeError(f"factorize needs a Chain, got {chain!r}; write Chain([(a, b, c, d), ...]).")
     if not isinstance(matrix, Tensor) or matrix.dtype not in _DTYPES:
         given = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(f"factorize needs a tensor of float32, float64, complex64 or complex128, got {given}.")
@@ -226,9 +233,6 @@ def check_matrix(matrix: Tensor, chain: Chain) -> None:
         raise ValueError(
             f"The chain {chain} describes {chain.shape[0]} x {chain.shape[1]} matrices, got {tuple(matrix.shape)}."
         )
-    bad = int((~torch.isfinite(matrix)).sum())
-    if bad:
-        raise ValueError(f"factorize got {bad} of {matrix.numel()} entries that are not finite; check the matrix.")
 
 
 def _check_metric(matrix: Tensor, metric: Metric | None) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..patterns import Chain
-from .bounds import in_double
+from .bounds import normalized
 from .factorization import Factorization
 from .hierarchical import Order, check_matrix, factorize
 
@@ -94,7 +94,16 @@ def best_level_permutation(matrix: Tensor, chain: Chain, *, order: Order = "left
 
     Returns:
         The order of least error, and its factors.
-    """
+
+    Raises:
+        TypeError: if the matrix is not a tensor of 32 or 64 bits a number.
+        ValueError: if it is a stack, does not fit the chain, or its columns are not a power of two.
+    """  # noqa: DOC502
+    check_matrix(matrix, chain)
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"best_level_permutation needs one matrix (m, n), got {tuple(matrix.shape)}; take those of a stack alone."
+        )
     tried = [
         Permuted(torch.arange(matrix.shape[0]), cols, factorize(matrix[:, cols], chain, order=order))
         for cols in level_permutations(matrix.shape[-1]).values()
@@ -125,7 +134,7 @@ def find_permutations(matrix: Tensor, *, tries: int = 4) -> Permuted:
         raise ValueError(
             f"find_permutations needs one matrix and tries >= 1, got {tuple(matrix.shape)} and tries={tries!r}."
         )
-    rows, cols = _orders(in_double(matrix), tries)
+    rows, cols = _orders(normalized(matrix)[0], tries)
     return Permuted(rows, cols, factorize(matrix[rows][:, cols], chain))
 
 
