@@ -45,6 +45,10 @@ def test_what_does_not_fit_is_refused():
         structure.project(noise(8, 8), noise(8, 8, seed=1).abs())
     with pytest.raises(ValueError, match=r"factor of shape \(1, 2, 2, 4\), got \(4, 2, 2, 1\)"):
         structure.decode(dict(enumerate_reversed(structure)), (8, 8))
+    with pytest.raises(TypeError, match=r"needs a floating point matrix, got torch.complex128"):
+        structure.encode(noise(8, 8) + 1j * noise(8, 8, seed=1))
+    with pytest.raises(ValueError, match=r"1 of 64 entries that are not finite"):
+        structure.encode(torch.full((8, 8), 1.0).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan)))
     with pytest.raises(ValueError, match=r"not chainable"):
         KroneckerSparse(Chain([*Chain.butterfly(4), *Chain.butterfly(4).transpose]))
 

@@ -83,6 +83,7 @@ class KroneckerSparse:
 
     def encode(self, v: Tensor) -> Mapping[str, Tensor]:
         """Return the factors (a, b, c, d) of a member v (m, n) in float32, named by their place in the chain."""
+        check_matrix(self, v, None)
         self.check((v.shape[0], v.shape[1]))
         return {str(i): block.float() for i, block in enumerate(factorize(v.double(), self.chain).blocks)}
 
