@@ -81,13 +81,22 @@ def factorize(
             dense = _read(matrix)
             if bit_reversal:
                 dense = dense[:, linalg.bit_reversal(dense.shape[1])]
-            patterns = (
-                chain_of(chain, (dense.shape[0], dense.shape[1]))
-                if chain is not None
-                else linalg.best_chain(dense, max_params=max_params, tolerance=tolerance).chain
-            )
-            found = linalg.factorize(dense, patterns, order=order.value, refine=refine)
-            answer = _answer(found)
+            if chain is not None:
+                patterns = chain_of(chain, (dense.shape[0], dense.shape[1]))
+                found = linalg.factorize(dense, patterns, order=order.value, refine=refine)
+                answer = _answer(found)
+            else:
+                choice = linalg.best_chain(dense, max_params=max_params, tolerance=tolerance)
+                found = choice.factorization
+                if order is not _Order.LEFT or refine:
+                    found = linalg.factorize(dense, choice.chain, order=order.value, refine=refine)
+                if tolerance is not None and found.error > tolerance:
+                    raise ValueError(
+                        f"The chain {choice.chain}, chosen from left to right, has an error of {found.error:.6g} with "
+                        f"--order {order.value}, more than --tolerance {tolerance:g}; leave --order out."
+                    )
+                answer = _answer(found)
+                answer["least_error"], answer["least_parameters"] = choice.least_error, choice.least_parameters
         if out is not None:
             _write(out, found.blocks)
     if as_json:
@@ -137,16 +146,28 @@ def chain_of(text: str, shape: tuple[int, int]) -> Chain:
 
 
 def _read(path: pathlib.Path) -> Tensor:
-    """Return the matrix of a file, in double precision where it holds integers."""  # noqa: DOC501
+    """Return the matrix of a file, in double precision where it holds integers or float16."""  # noqa: DOC501
     import numpy as np
     import torch
 
     # Without pickle nothing in the file can run.
-    array = np.load(path, allow_pickle=False)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{path} is no file of numbers as numpy.save writes it; save the matrix again.") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2:
         shape = array.shape if isinstance(array, np.ndarray) else type(array).__name__
         raise UsageError(f"factorize needs a matrix (m, n) in {path}, got {shape}.")
-    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind in "iub" else array)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind in "iub" or (kind, size) == ("f", 2):
+        return torch.from_numpy(array.astype(np.float64))
+    if (kind, size) not in {("f", 4), ("f", 8), ("c", 8), ("c", 16)}:
+        raise UsageError(
+            f"factorize needs whole, real or complex numbers of up to 64 bits each in {path}, got {array.dtype}; "
+            "save matrix.astype('float64') or matrix.astype('complex128')."
+        )
+    # The byte order of another machine becomes that of this one.
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _write(path: pathlib.Path, blocks: list[Tensor]) -> None:
@@ -180,7 +201,8 @@ def _answer(found: Factorization) -> dict[str, Any]:
 
 
 def _draw(answer: dict[str, Any], found: Factorization, out: pathlib.Path | None) -> None:
-    upper = "not proved for this order" if found.upper_bound is None else f"{found.upper_bound:.6g} (proved)"
+    rounded = ", up to rounding to 32 bits" if answer["dtype"] in ("float32", "complex64") else ""
+    upper = "not proved for this order" if found.upper_bound is None else f"{found.upper_bound:.6g} (proved{rounded})"
     lines = {
         "matrix": f"{answer['shape'][0]} x {answer['shape'][1]} {answer['dtype']}",
         "chain": str(found.chain),
@@ -190,6 +212,10 @@ def _draw(answer: dict[str, Any], found: Factorization, out: pathlib.Path | None
         "parameters": f"{found.parameters} of {answer['dense_parameters']}",
         "FLOPs a vector": f"{answer['flops']} of {answer['dense_flops']}",
     }
+    if answer.get("least_error") is not None:
+        lines["least error"] = f"{answer['least_error']:.6g} (proved, for every chain within the limit)"
+    if answer.get("least_parameters") is not None:
+        lines["least parameters"] = f"{answer['least_parameters']} (proved, for every chain of that tolerance)"
     for name, value in lines.items():
         typer.echo(f"{name:<16}{value}")
     if out is not None:
