@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import operators
+from . import kept, operators
 from .choose import Algorithm, choose_algorithm
 from .native import available, describe
 
@@ -83,11 +83,15 @@ def ks_matmul(x: Tensor, blocks: Tensor) -> Tensor:
         Outputs, (..., a*b*d), of the type of x. Differentiable in x and blocks, twice.
         Shapes, types or devices that do not fit are a ValueError.
     """
+    if not torch.compiler.is_compiling():
+        y = kept.product(x, blocks, False)
+        if y is not None:
+            return y
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=False, name="ks_matmul")
     if x.dim() == 2:
-        return operators.matmul(x, blocks, batch_last=False)
-    y = operators.matmul(x.reshape(-1, x.shape[-1]), blocks, batch_last=False)
+        return operators.matmul(x, blocks, batch_last=False, keep=True)
+    y = operators.matmul(x.reshape(-1, x.shape[-1]), blocks, batch_last=False, keep=True)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -102,9 +106,13 @@ def ks_matmul_batch_last(x: Tensor, blocks: Tensor) -> Tensor:
         Outputs, (a*b*d, batch), of the type of x. Differentiable in x and blocks, twice.
         Shapes, types or devices that do not fit are a ValueError.
     """
+    if not torch.compiler.is_compiling():
+        y = kept.product(x, blocks, True)
+        if y is not None:
+            return y
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=True, name="ks_matmul_batch_last")
-    return operators.matmul(x, blocks, batch_last=True)
+    return operators.matmul(x, blocks, batch_last=True, keep=True)
 
 
 def ks_chain_matmul(

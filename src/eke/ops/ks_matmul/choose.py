@@ -22,12 +22,16 @@ from . import native, reference
 
 Algorithm = Literal["native", "dense", "bmm", "einsum"]
 _BYTES_PER_SECOND = 2e10
-_FIXED_SECONDS = 2e-4
-"""Work of a plain product below which the cost of a call decides."""
+_EQUAL = 0.95
+"""Rates this near each other are equal within what a short measurement can tell."""
+_FEW = 16
+"""Samples below which a dense product is bound by reading the matrix, which torch does as fast."""
 _SMALL = 16
 """Blocks of merged neighbours stay this small: larger ones are better left to the tiles."""
 _MERGE_BATCH = 256
 """Rows from which multiplying neighbours into one costs less than it saves."""
+measurements = 0
+"""How often a choice was measured: answers remembered elsewhere are out of date after another one."""
 _MEASURED: dict[tuple[tuple[int, int, int, int], int, torch.dtype, bool, int], Algorithm] = {}
 
 
@@ -114,9 +118,9 @@ def rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
 def _predict(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype, threads: int) -> Algorithm:
     a, b, c, d = pattern
     if dtype == torch.float32 and a * d == 1:
-        # The same product: a call of the kernel costs a little more, so it must win by more than that.
+        # The same product. Where both are about as fast, the kernel's call is a little shorter for entries it has kept.
         rate, own = rates(dtype, threads)
-        return "native" if own > 1.2 * rate and 2 * b * c * batch > _FIXED_SECONDS * rate else "dense"
+        return "native" if own > _EQUAL * rate and batch >= _FEW else "dense"
     dense_rate, native_rate = rates(dtype, threads)
     work, size = 2 * a * b * c * d * batch, torch.finfo(dtype).bits // 8
     moved = (a * (b + c) * d * batch + a * b * c * d) * size / _BYTES_PER_SECOND
@@ -170,6 +174,8 @@ def choose_algorithm(
     """
     key = (pattern, batch, dtype, batch_last, torch.get_num_threads()) if measure or _MEASURED else None
     if key is not None and measure:
+        global measurements
+        measurements += 1
         with _alone():
             _MEASURED[key] = _measure(pattern, batch, dtype, batch_last=batch_last)
     known = _MEASURED.get(key) if key is not None else None
@@ -210,6 +216,11 @@ def merge(left: Tensor, right: Tensor) -> Tensor | None:
     return product.reshape(a, b * along, across * r, s)
 
 
+def merges(batch: int) -> bool:
+    """Return whether there are enough samples for `merge_neighbours` to pay."""
+    return batch >= _MERGE_BATCH
+
+
 def merge_neighbours(factors: list[Tensor], batch: int) -> list[Tensor]:
     """Merge small neighbours where one factor costs no more operations than two.
 
@@ -220,7 +231,7 @@ def merge_neighbours(factors: list[Tensor], batch: int) -> list[Tensor]:
     Returns:
         As many or fewer factors with the same product.
     """
-    if batch < _MERGE_BATCH or len(factors) < 2:
+    if not merges(batch) or len(factors) < 2:
         return factors
     merged: list[Tensor] = []
     for blocks in factors:

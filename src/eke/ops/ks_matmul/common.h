@@ -6,6 +6,12 @@
 
 typedef int64_t i64;
 typedef double unaligned_double __attribute__((aligned(4), may_alias));
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 // d values of a row, spread over the lanes: one value, two, four or eight repeated; whole vectors; repeats that do not
@@ -18,8 +24,20 @@ struct Factor {
   const float* w;
 };
 
+// How a factor is run: entries packed in panels; entries read where they are; whole super-blocks in one vector; all
+// entries of sixteen neighbouring groups in registers.
+enum { PACKED, DIRECT, TINY, HELD };
+
+struct Ready {
+  Factor f;
+  int way;
+  const float* packed;
+};
+
 enum { FLOAT32, BFLOAT16 };
 enum { FIRST, LAST };
+constexpr i64 LONGEST = 64;
+constexpr i64 PARALLEL_WORK = 2000000;  // multiply-adds from which threads pay: about 50 microseconds of one core
 
 // y = x K^T through one or more factors; factors[0] is applied first.
 struct Call {
@@ -29,6 +47,7 @@ struct Call {
   const Factor* factor;
   const float* bias;
   float* (*scratch)(size_t floats);
+  const Ready* ready;  // the factors as `pack` left them, or null: they are packed in the call
 };
 
 // Gradient of the free entries (contiguous) from x and the gradient g of y, both float32.
@@ -40,9 +59,14 @@ struct Gradient {
   Factor factor;
 };
 
-int forward_avx512(const Call&);
-int forward_avx2(const Call&);
-int forward_portable(const Call&);
-int gradient_avx512(const Gradient&);
-int gradient_avx2(const Gradient&);
-int gradient_portable(const Gradient&);
+// For each instruction set: floats that the packed entries take, with a line for each thread; packing; the product;
+// the gradient of the entries.
+#define INSTRUCTION_SET(NAME)                    \
+  i64 room_##NAME(const Call&);                  \
+  void pack_##NAME(const Call&, Ready*, float*); \
+  int forward_##NAME(const Call&);               \
+  int gradient_##NAME(const Gradient&);
+INSTRUCTION_SET(avx512)
+INSTRUCTION_SET(avx2)
+INSTRUCTION_SET(portable)
+#undef INSTRUCTION_SET

@@ -138,33 +138,24 @@ void many(const Call& c, const Ready* q, float* scratch, i64 widest, i64 chunk) 
   }
 }
 
-constexpr i64 LONGEST = 64;
+i64 line_of(const Call& c) {
+  i64 line = 0;
+  for (i64 s = 0; s < c.factors; s++) line = most(line, c.factor[s].b * c.factor[s].d + 2 * W);
+  return ceil_div(line, 16) * 16;
+}
 
-int forward(const Call& c) {
-  if (c.factors < 1 || c.factors > LONGEST) return 1;
-  Ready ready[LONGEST];
-  const bool single = c.factors == 1 && c.type == FLOAT32 && !c.bias && !c.relu;
-  i64 packed = 0, line = 0, widest = 0, entries = 0;
-  for (i64 s = 0; s < c.factors; s++) {
-    const Factor& f = c.factor[s];
-    packed += ceil_div((i64)packed_size(f, (int)c.layout), 16) * 16;
-    line = most(line, f.b * f.d + 2 * W);
-    widest = most(widest, most(f.b, f.c) * f.a * f.d);
-    entries += f.a * f.b * f.c * f.d;
-  }
-  // Rows of a power of two floats would meet in the same lines of the cache.
-  widest = ceil_div(widest, 16) * 16 + 16;
-  i64 chunk = c.layout == LAST ? COLS * W : entries <= CACHE ? 12 : 96;
-  while (c.layout == LAST ? 2 * chunk * widest <= CACHE : 2 * chunk * widest <= CACHE / 2) chunk *= 2;
-  chunk = least(chunk, c.layout == LAST ? ceil_div(c.batch, W) * W : c.batch);
-  const i64 tiles = single ? 0 : 2 * chunk * widest * c.threads;
-  line = ceil_div(line, 16) * 16;
-  float* scratch = c.scratch((size_t)(packed + line * c.threads + tiles));
-  if (!scratch) return 2;
+i64 room(const Call& c) {
+  i64 packed = line_of(c) * c.threads;
+  for (i64 s = 0; s < c.factors; s++) packed += ceil_div((i64)packed_size(c.factor[s], (int)c.layout), 16) * 16;
+  return packed;
+}
+
+void pack(const Call& c, Ready* ready, float* scratch) {
+  const i64 line = line_of(c);
+  const bool last = c.layout == LAST;
   float* at = scratch + line * c.threads;
   for (i64 s = 0; s < c.factors; s++) {
     const Factor& f = c.factor[s];
-    const bool last = c.layout == LAST;
     const i64 size = (i64)packed_size(f, (int)c.layout);
     ready[s] = Ready{f, last ? (size ? PACKED : DIRECT) : is_tiny(f) ? TINY : is_held(f) ? HELD : size ? PACKED : DIRECT, at};
     float* out = at;
@@ -178,8 +169,29 @@ int forward(const Call& c) {
     }
     at += ceil_div(size, 16) * 16;
   }
+}
+
+int forward(const Call& c) {
+  const bool single = c.factors == 1 && c.type == FLOAT32 && !c.bias && !c.relu;
+  i64 widest = 0, entries = 0;
+  for (i64 s = 0; s < c.factors; s++) {
+    const Factor& f = c.factor[s];
+    widest = most(widest, most(f.b, f.c) * f.a * f.d);
+    entries += f.a * f.b * f.c * f.d;
+  }
+  // Rows of a power of two floats would meet in the same lines of the cache.
+  widest = ceil_div(widest, 16) * 16 + 16;
+  i64 chunk = c.layout == LAST ? COLS * W : entries <= CACHE ? 12 : 96;
+  while (c.layout == LAST ? 2 * chunk * widest <= CACHE : 2 * chunk * widest <= CACHE / 2) chunk *= 2;
+  chunk = least(chunk, c.layout == LAST ? ceil_div(c.batch, W) * W : c.batch);
+  const i64 packed = c.ready ? 0 : room(c), tiles = single ? 0 : 2 * chunk * widest * c.threads;
+  float* scratch = packed + tiles ? c.scratch((size_t)(packed + tiles)) : nullptr;
+  if (packed + tiles && !scratch) return 2;
+  Ready own[LONGEST];
+  if (!c.ready) pack(c, own, scratch);
+  const Ready* ready = c.ready ? c.ready : own;
   if (single) (c.layout == LAST ? one_last : one_first)(ready[0], c);
-  else many(c, ready, at, widest, chunk);
+  else many(c, ready, scratch + packed, widest, chunk);
   return 0;
 }
 

@@ -1,16 +1,6 @@
 // One factor on a tile of the batch: packing its entries, and the product in both layouts.
 namespace {
 
-// How a factor is run: entries packed in panels; entries read where they are; whole super-blocks in one vector; all
-// entries of sixteen neighbouring groups in registers.
-enum { PACKED, DIRECT, TINY, HELD };
-
-struct Ready {
-  Factor f;
-  int way;
-  float* packed;
-};
-
 inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f.c) * f.d <= (f.c <= 4 ? W : W / 2); }
 inline bool is_held(const Factor& f) {
   return f.sd == 1 && f.d % W == 0 && most(f.b, f.c) <= (W == 16 ? 4 : 2);

@@ -1,8 +1,7 @@
 """The native CPU kernels of Kronecker-sparse products, loaded by ctypes from the package folder.
 
-One call multiplies a batch by one factor or by a chain of them; entries are packed inside the call, so that a change of
-the entries in place, by whatever means, is always seen. Without the compiled library `available()` is false and the
-callers take torch's paths.
+One call multiplies a batch by one factor or by a chain of them and packs their entries on the way; `kept.py` has them
+packed once for many calls. Without the compiled library `available()` is false and the callers take torch's paths.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
-_PARALLEL_WORK = 2_000_000
-"""Multiply-adds from which threads pay: about 50 microseconds of one core."""
 LONGEST = 64
 """Factors that one call takes."""
 _FIRST, _LAST = 0, 1
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NO_MEMORY = 2
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LEVELS = ("plain C++", "AVX2", "AVX-512")
 
 
@@ -49,6 +47,9 @@ def library() -> ctypes.CDLL | None:
             _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
             continue
         number, address = ctypes.c_int64, ctypes.c_void_p
+        if not hasattr(loaded, "eke_ks_keep"):
+            _LOGGER.warning("The compiled kernel %s belongs to an older version; build it anew.", path.name)
+            continue
         loaded.eke_ks_forward.argtypes = (
             ctypes.c_int, number, number, number, number, address, number, address, number, number, address, address,
             number,
@@ -57,6 +58,12 @@ def library() -> ctypes.CDLL | None:
             ctypes.c_int, number, number, number, address, number, address, number, address, number, number, number,
             number,
         )  # fmt: skip
+        loaded.eke_ks_keep.argtypes = (
+            ctypes.c_int, number, number, number, number, address, number, number, address,
+        )  # fmt: skip
+        loaded.eke_ks_keep.restype = address
+        loaded.eke_ks_kept.argtypes = (address, number, address, address, address)
+        loaded.eke_ks_drop.argtypes, loaded.eke_ks_drop.restype = (address,), None
         return loaded
     _LOGGER.warning(
         "Kronecker-sparse products run on torch's own operations: no compiled kernel was found in %s. "
@@ -85,7 +92,7 @@ def describe() -> str:
 
 def supports(x: Tensor) -> bool:
     """Return whether the kernels take this input (a CPU tensor of float32 or bfloat16)."""
-    return x.device.type == "cpu" and x.dtype in _TYPES and available()
+    return x.device.type == "cpu" and x.dtype in TYPES and available()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -93,8 +100,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _threads(work: int) -> int:
-    return torch.get_num_threads() if work >= _PARALLEL_WORK else 1
+def records(factors: Sequence[Tensor]) -> bytes:
+    """Return factors as the library reads them."""
+    return b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
 
 
 def forward(
@@ -121,7 +129,6 @@ def forward(
 
     Raises:
         ValueError: if a factor does not fit what it multiplies: the kernel would read past its end.
-        MemoryError: if scratch memory for the call cannot be had.
     """
     loaded = library()
     assert loaded is not None  # callers ask available() first
@@ -139,18 +146,31 @@ def forward(
         raise ValueError(f"The kernel takes 1 to {LONGEST} factors in one call, got {len(factors)}.")
     batch = x.shape[1 if batch_last else 0]
     y = x.new_empty((width, batch) if batch_last else (batch, width))
-    records = b"".join([_RECORD.pack(*blocks.shape, *blocks.stride(), blocks.data_ptr()) for blocks in factors])
-    work = batch * sum(blocks.numel() for blocks in factors)
     if not y.numel():
         return y
     status = loaded.eke_ks_forward(
-        level() if instructions is None else instructions, _threads(work), _LAST if batch_last else _FIRST,
-        _TYPES[x.dtype], batch, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(factors), records,
+        level() if instructions is None else instructions, torch.get_num_threads(), _LAST if batch_last else _FIRST,
+        TYPES[x.dtype], batch, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(factors), records(factors),
         None if bias is None else bias.data_ptr(), relu,
     )  # fmt: skip
-    if status:
-        raise MemoryError(f"The Kronecker-sparse kernel found no memory for its scratch space (status {status}).")
+    succeeded(status)
     return y
+
+
+def succeeded(status: int) -> None:
+    """Check what the library returned.
+
+    Args:
+        status: 0 for success.
+
+    Raises:
+        MemoryError: if scratch memory could not be had.
+        RuntimeError: if the library refused the call, which the checks of the callers should prevent.
+    """
+    if status == _NO_MEMORY:
+        raise MemoryError("The Kronecker-sparse kernel found no memory for its scratch space; try a smaller batch.")
+    if status:
+        raise RuntimeError(f"The Kronecker-sparse kernel refused a call with status {status}; please report it.")
 
 
 def gradient(
@@ -185,9 +205,10 @@ def gradient(
     out = x.new_empty(shape)
     if not batch:
         return out.zero_()
-    loaded.eke_ks_gradient(
-        level() if instructions is None else instructions, _threads(out.numel() * batch),
+    status = loaded.eke_ks_gradient(
+        level() if instructions is None else instructions, torch.get_num_threads(),
         _LAST if batch_last else _FIRST, batch, x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0),
         out.data_ptr(), *shape,
     )  # fmt: skip
+    succeeded(status)
     return out

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils import flop_counter
 
-from . import choose, native, reference
+from . import choose, kept, native, reference
 
 _LIBRARY = torch.library.Library("eke", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -49,18 +49,22 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool) -> Tensor:
+def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool, keep: bool = False) -> Tensor:
     """Multiply a batch by one factor.
 
     Args:
         x: Inputs, (batch, a*c*d) or, batch last, (a*c*d, batch).
         blocks: Free entries, (a, b, c, d).
         batch_last: Layout.
+        keep: Whether these entries may come again.
 
     Returns:
         Outputs in the same layout.
     """
     if _direct(x, blocks):
+        if keep:
+            batch = x.shape[1 if batch_last else 0]
+            kept.meet((id(blocks), batch_last), (blocks,), x, batch=batch, batch_last=batch_last)
         return _matmul(x, blocks, batch_last)
     if not torch.compiler.is_compiling() and _forward_mode():
         return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
@@ -82,7 +86,11 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
     """
     tensors = [x, *factors] if bias is None else [x, *factors, bias]
     if _direct(*tensors):
-        return _chain(x, factors, bias, relu)
+        y = kept.chain(x, factors, bias, relu)
+        if y is None:
+            kept.meet(kept.chain_key(factors, x.shape[0], relu), factors, x, batch=x.shape[0], relu=relu)
+            y = _chain(x, factors, bias, relu)
+        return y
     forward = not torch.compiler.is_compiling() and _forward_mode()
     if forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         # The derivative needs what lies between the factors, so there is nothing to gain from one pass.
