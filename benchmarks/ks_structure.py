@@ -6,7 +6,7 @@ Goal: the Kronecker-sparse net has the highest test accuracy, or the table says 
 Gate: when all widths are chosen, latencies are measured again, interleaved: each within 5 % of the dense net's.
 Rivals: the dense net (torch's own layers), and of every other family the best of several shapes in a pilot (one seed,
 scored on 5 000 training images that no net is trained on), which also chooses the learning rate of each shape. All nets
-share patches of 14 x 14 pixels, depth, expansion 4, dense token mixing, ReLU, initial values (`nn.initial_std`), the last
+share patches of 14 x 14 pixels, depth, expansion 4, dense token mixing, ReLU, initial values (`initial_std`), the last
 layer of each branch zero at the start, Adam with `nn.param_groups`, a cosine schedule, images and their order. Low rank
 and blocks run on eke's kernels too, so that the structure alone differs.
 Method: latency of a batch of 128 by processor time of one thread, rivals interleaved, lower quartiles.
