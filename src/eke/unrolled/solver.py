@@ -27,9 +27,6 @@ from .operators import Operator, as_operator, check_vector
 State = tuple[Tensor, ...]
 """What goes from step to step: x (batch, n), then whatever else has one entry a sample."""
 
-_RUNAWAY = 1e3
-"""A residual this many times the norm of b counts as divergence: x = 0 has one times."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -96,6 +93,9 @@ class SparseSolver(nn.Module):
         ValueError: if A or the number of steps is not usable.
     """
 
+    runaway = 1e3
+    """A residual of more than this times |b| counts as divergence; that of x = 0 is once |b|."""
+
     def __init__(self, A: Tensor | Operator, *, iterations: int) -> None:
         super().__init__()
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
@@ -113,7 +113,7 @@ class SparseSolver(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no start().")
 
     def step(self, k: int, operator: Operator, state: State) -> State:
-        """Return the state after step k, without changing the one given."""
+        """Return the state after step k. Tensors that `start` made may be written in place, x0 and b never."""
         raise NotImplementedError(f"{type(self).__name__} has no step().")
 
     def finish(self, operator: Operator, state: State) -> Tensor:
@@ -198,7 +198,7 @@ class _Run:
         self.operator, self.state = solver.operator, state
         batch = len(b)
         self.rows: Tensor | None = None
-        self.final: list[Tensor] = [part.clone() for part in state]
+        self.final: list[Tensor] = []
         self.iterations = torch.full((batch,), solver.iterations, dtype=torch.int64, device=b.device)
         self.converged = torch.zeros(batch, dtype=torch.bool, device=b.device)
 
@@ -211,12 +211,12 @@ class _Run:
             self.state = solver.step(k, self.operator, before)
             if (self.tolerance is not None or self.callback is not None) and not self._look(k, before):
                 break
-        self._store(self.state)
+        self._store()
         final = tuple(self.final)
         x = solver.finish(solver.operator, final)
         size = torch.linalg.vector_norm(self.b, dim=-1)
         residual = torch.linalg.vector_norm(solver.operator.forward(x) - self.b, dim=-1)
-        diverged = ~(residual <= _RUNAWAY * size)
+        diverged = ~(residual <= solver.runaway * size)
         if bool(diverged.any()):
             x = torch.where(diverged.unsqueeze(-1), torch.zeros_like(x), x)
             residual = torch.where(diverged, size, residual)
@@ -245,7 +245,7 @@ class _Run:
         if self.tolerance is not None:
             done = ~(change > self.tolerance)
             if bool(done.any()):
-                self._store(self.state)
+                self._store()
                 rows = torch.arange(len(self.b), device=done.device) if self.rows is None else self.rows
                 self.iterations[rows[done]] = k + 1
                 self.converged[rows[done]] = torch.isfinite(change[done])
@@ -258,9 +258,9 @@ class _Run:
             self.callback(progress)
         return running > 0
 
-    def _store(self, state: State) -> None:
+    def _store(self) -> None:
         if self.rows is None:
-            self.final = list(state)
+            self.final = [part.clone() for part in self.state]
             return
-        for whole, part in zip(self.final, state, strict=True):
+        for whole, part in zip(self.final, self.state, strict=True):
             whole[self.rows] = part
