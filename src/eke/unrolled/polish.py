@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from .operators import Dense, Operator
-from .pursuit import least_squares
+from .pursuit import ROUNDING, least_squares
 
 _GROUP = 128
 """Samples of like size that share one K."""
-_ROUNDING = 200
-"""Residuals of so many units of rounding count as exact."""
 _HOPELESS = 0.6
 """A round that leaves more than this share of the residual has met noise, or a wrong support: the sample gives up."""
 _BETTER = 0.3
@@ -83,7 +81,7 @@ class _Group:
         """Write better answers into result, and into found which ones are exact."""
         last = torch.linalg.vector_norm(self.b - self.operator.forward(result[self.rows]), dim=-1)
         best = _BETTER * last
-        exact = _ROUNDING * torch.finfo(self.b.dtype).eps * torch.linalg.vector_norm(self.b, dim=-1)
+        exact = ROUNDING * torch.finfo(self.b.dtype).eps * torch.linalg.vector_norm(self.b, dim=-1)
         for _ in range(rounds):
             support = score.topk(self.k, dim=-1, sorted=False).indices
             x = least_squares(self.operator, self.b, support, gram=self.gram)

@@ -17,6 +17,9 @@ from torch import Tensor
 from .operators import Dense, Operator
 from .solver import Callback, Solution, SparseSolver, State
 
+ROUNDING = 200
+"""Residuals of so many units of rounding, relative to b, count as exact."""
+
 
 def least_squares(operator: Operator, b: Tensor, support: Tensor, *, gram: Tensor | None = None) -> Tensor:
     """Return the least squares solution on a support of each sample.
@@ -97,23 +100,25 @@ class HTP(SparseSolver):
         self.step_size = step
 
     def start(self, operator: Operator, b: Tensor, x0: Tensor | None) -> State:
-        """Return x, b and the support, which is none yet."""
+        """Return x, b, the support, which is none yet, and the residual."""
         x = b.new_zeros(len(b), operator.shape[1]) if x0 is None else x0
-        return x, b, torch.zeros(x.shape, dtype=torch.bool, device=b.device)
+        return x, b, torch.zeros(x.shape, dtype=torch.bool, device=b.device), b - operator.forward(x)
 
     def step(self, k: int, operator: Operator, state: State) -> State:
         """Return the state after a new support and the least squares on it."""
         del k
-        x, b, _ = state
+        x, b, _, residual = state
         size = self.step_size or self._unit()
-        moved = x + size * operator.adjoint(b - operator.forward(x))
+        moved = x + size * operator.adjoint(residual)
         support = moved.abs().topk(self.sparsity, dim=-1, sorted=False).indices
-        return least_squares(operator, b, support, gram=self._gram()), b, _mask(x, support)
+        x = least_squares(operator, b, support, gram=self._gram())
+        return x, b, _mask(x, support), b - operator.forward(x)
 
     def change(self, before: State, after: State) -> Tensor:
-        """Return the share of the support that is new, (batch,)."""
+        """Return the share of the support that is new, (batch,), and 0 where b is explained down to rounding."""
         share = (after[2] & ~before[2]).sum(-1) / self.sparsity
-        return share.to(after[0].real.dtype)
+        left, size = (torch.linalg.vector_norm(part, dim=-1) for part in (after[3], after[1]))
+        return torch.where(left <= ROUNDING * torch.finfo(size.dtype).eps * size, 0, share.to(size.dtype))
 
     def _unit(self) -> float:
         if isinstance(self.operator, Dense):

@@ -161,7 +161,7 @@ class VAMP(SparseSolver):
         x, u, density_new, spread_new = _denoised(q, e, density, spread)
         u = u.clamp(1e-12, 1 - 1e-6)
         message = torch.addcmul(x, q, -u) / (1 - u) if q.is_complex() else (x - u * q) / (1 - u)
-        t_new = (e * u / (1 - u)).clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
+        t_new = (e * u / (1 - u)).clamp_min(torch.finfo(scale.dtype).eps ** 2)
         if self.damping < 1:
             message = torch.lerp(r, message, self.damping)
             t_new = torch.lerp(t, t_new, self.damping)
@@ -239,7 +239,7 @@ def _fitted_noise(power: Tensor, level: Tensor, noise: Tensor, outside: Tensor, 
     Returns:
         (batch, 1), positive.
     """
-    least = _LEAST_NOISE * level.mean(-1, keepdim=True)
+    least = (_LEAST_NOISE * level.mean(-1, keepdim=True)).clamp_min(torch.finfo(noise.dtype).eps ** 2)
     for _ in range(2):
         weight = (noise + level).reciprocal().square()
         top = (weight * (power - level)).sum(-1, keepdim=True)
