@@ -11,7 +11,7 @@ layer of each branch zero at the start, Adam with `nn.param_groups`, a cosine sc
 and blocks run on eke's kernels too, so that the structure alone differs.
 Method: latency of a batch of 128 by processor time of one thread, rivals interleaved, lower quartiles.
 
-    python benchmarks/ks_structure.py --images FOLDER_WITH_IDX_FILES [--epochs 2] [--seeds 3]
+    python benchmarks/ks_structure.py --images FOLDER_WITH_IDX_FILES [--epochs 1] [--seeds 3]
         [--json benchmarks/results/ks_structure.json] [--smoke]
 """
 
@@ -176,7 +176,7 @@ def train(
     """Train a net; the images come in the same order for the same seed."""
     torch.manual_seed(seed)
     net = Mixer(width, shape).train()
-    optimizer = torch.optim.Adam(param_groups(net, lr=rate))
+    optimizer = torch.optim.Adam(param_groups(net, lr=rate), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -234,8 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder with the four idx files, gzipped")
     parser.add_argument("--dense", type=int, default=256, help="width of the dense net")
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--pilot", type=float, default=0.3, help="epochs of the pilot")
+    parser.add_argument("--pilot-from", type=Path, help="take the pilot from the JSON of an earlier run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, no gate")
     parser.add_argument("--json", type=Path)
@@ -246,8 +247,11 @@ def main() -> None:
     held_out = everything[0][:HELD_OUT], everything[1][:HELD_OUT]
     epoch = 5 if arguments.smoke else len(train_data[1]) // BATCH
     seconds = 0.02 if arguments.smoke else 0.6
-    chosen = widths(arguments.dense, SHAPES, seconds)
-    tried = pilot(chosen, train_data, held_out, round(arguments.pilot * epoch))
+    if arguments.pilot_from:
+        tried = json.loads(arguments.pilot_from.read_text())["pilot"]
+    else:
+        chosen = widths(arguments.dense, SHAPES, seconds)
+        tried = pilot(chosen, train_data, held_out, round(arguments.pilot * epoch))
     best = {}
     for family in dict.fromkeys(shape.family for shape in SHAPES):
         mine = [row for row in tried if row["shape"].startswith(f"{family},")]
