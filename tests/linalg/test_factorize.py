@@ -12,6 +12,7 @@ import torch
 
 from eke.linalg import Metric, best_chain, bit_reversal, factorize, fixed_support, fourier, hadamard, interface_errors
 from eke.linalg.fixed_support import Interface, expand, multiply
+from eke.ops import pair_splits
 from eke.patterns import Chain, enumerate_chains, to_dense
 
 CHAINS = [
@@ -333,6 +334,26 @@ def test_large_pieces_are_split_like_small_ones(monkeypatch):
     for k, m in matrices.items():
         assert factorize(m, Chain.radix((16, 2), (2, 16))).error == pytest.approx(whole[k], rel=1e-12)
         assert factorize(m, Chain.butterfly(32)).error == pytest.approx(dyadic[k], rel=1e-12)
+
+
+PAIRS = [Chain.butterfly(32), Chain.radix((2, 2, 2, 3), (3, 1, 2, 5)), Chain.radix((2, 2, 3, 2, 2), (2, 2, 3, 2, 2))]
+
+
+@pytest.mark.parametrize("chain", PAIRS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_the_kernel_for_row_pairs_changes_nothing(chain, dtype, monkeypatch):
+    """With and without it, for stacks, views and every kind of order."""
+    stack = noise(2, *chain.shape, seed=45, dtype=dtype)
+    views = [stack, stack.mT.contiguous().mT, stack.conj(), torch._neg_view(stack)]
+    last = list(range(1, len(chain)))
+    orders = ["left", "right", "balanced", [*last[1:], 1], [2, *last[2:], 1], [1, *last[:0:-1]]]
+    with_kernel = [factorize(view, chain, order=order) for view in views for order in orders]
+    monkeypatch.setattr(pair_splits, "available", lambda values: False)
+    without = [factorize(view, chain, order=order) for view in views for order in orders]
+    for one, two in zip(with_kernel, without):
+        torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(one.errors, two.errors, rtol=1e-10, atol=0)
+        assert one.upper_bound == two.upper_bound
 
 
 @pytest.mark.parametrize("chain", [c for c in CHAINS if c.redundant()], ids=str)

@@ -41,6 +41,7 @@ def examined() -> dict[str, Any]:
     import torch
 
     from ..cost import environment
+    from ..ops import pair_splits
     from ..ops.ks_matmul import describe
 
     machine = environment().to_json()
@@ -57,6 +58,7 @@ def examined() -> dict[str, Any]:
         "torch kernels": machine["torch_kernels"],
         "accelerator": machine["accelerator"],
         "native kernels": {"Kronecker-sparse products": describe()},
+        "factorization kernel": pair_splits.describe(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},

@@ -11,11 +11,15 @@ factorization with fixed support", 2023. Cost: O(b_1 c_2 min(b_1, c_2)) for each
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.pair_splits import leading_of_two, pair_splits
 from ..patterns import KSPattern
 
 Side = Literal["left", "right", "both"]
@@ -96,6 +100,24 @@ def split(values: Tensor, interface: Interface, side: Side) -> tuple[Tensor, Ten
     return left, right
 
 
+def split_pairs(values: Tensor, patterns: Sequence[KSPattern]) -> list[Tensor]:
+    """Return what `split` gives when one factor after the other is split off on the left, with side "left".
+
+    Args:
+        values: (..., a, m, c, 1) of a product that begins with the patterns, float64 or complex128.
+        patterns: The factors to split off, each with b = 2 and rank 1, and the one that follows.
+
+    Returns:
+        The values of these factors and those of the product of all others.
+    """
+    stack = values.shape[:-4]
+    pieces = [right.a // left.a for left, right in itertools.pairwise(patterns)]
+    rows = values.reshape(math.prod(values.shape[:-3]), *values.shape[-3:-1])
+    vectors, rest = pair_splits(rows.resolve_conj().resolve_neg().contiguous(), pieces)
+    factors = [found.view(*stack, *pattern) for found, pattern in zip(vectors, patterns)]
+    return [*factors, rest.view(*stack, patterns[-1].a, *rest.shape[1:], 1)]
+
+
 def multiply(left: Tensor, right: Tensor, interface: Interface) -> Tensor:
     """Return the values (..., a1, b1*s, t*c2, d2) of the product of two factors given by their values."""
     return interface.values(interface.left_blocks(left) @ interface.right_blocks(right))
@@ -138,23 +160,9 @@ def _leading(blocks: Tensor, u: Tensor, v: Tensor) -> None:
 
 
 def _leading_of_two(blocks: Tensor, u: Tensor, v: Tensor) -> None:
-    """Do `_leading` in rank 1 for blocks (..., 2, c): the 2 x 2 Gram matrix [[p, q], [q*, w]] in closed form.
-
-    With e = (p - w) / 2 and h = sqrt(e^2 + |q|^2), the leading eigenvector is (e + h, q*) for e >= 0 and (q, h - e)
-    otherwise: sums of what has one sign, so nothing cancels; (1, 0) where all directions are equal. In rank 1 the Gram
-    matrix loses nothing: an angle off by rounding costs its square.
-    """
+    """Do `_leading` in rank 1 for blocks (..., 2, c)."""
     x, y = blocks.unbind(-2)
-    half = (_energy(x) - _energy(y)) / 2
-    q = torch.linalg.vecdot(y, x)
-    size = q.abs()
-    large = half.abs() + torch.hypot(half, size)
-    norm = torch.hypot(large, size)
-    tie = norm == 0
-    norm = norm.masked_fill(tie, 1.0)
-    up, cross = half >= 0, q / norm
-    large = (large / norm).masked_fill(tie, 1.0).to(q.dtype)
-    top, bottom = torch.where(up, large, cross), torch.where(up, cross.conj(), large)
+    top, bottom = leading_of_two(_energy(x), _energy(y), torch.linalg.vecdot(y, x))
     u[..., 0, 0], u[..., 1, 0] = top, bottom
     out = v[..., 0, :]
     torch.mul(x, top.conj()[..., None], out=out)

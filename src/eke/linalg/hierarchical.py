@@ -18,11 +18,22 @@ import torch
 from torch import Tensor
 
 from .._errors import suggest
+from ..ops import pair_splits
 from ..patterns import Chain, KSPattern, from_dense
 from . import weighted
 from .bounds import normalized, times_power
 from .factorization import Factorization, product
-from .fixed_support import Interface, Side, expand, onto_left, onto_right, shift_left, shift_right, split
+from .fixed_support import (
+    Interface,
+    Side,
+    expand,
+    onto_left,
+    onto_right,
+    shift_left,
+    shift_right,
+    split,
+    split_pairs,
+)
 from .metric import Metric
 
 Order = Literal["left", "right", "balanced"] | Sequence[int]
@@ -118,10 +129,18 @@ def _split_all(values: Tensor, chain: Chain, order: list[int], orthonormalize: b
     """
     bounds, items, center = [0, len(chain)], [values], 0
     side: Side = "left"
-    for step, s in enumerate(order):
+    step = 0
+    while step < len(order):
+        s = order[step]
         k = next(i for i, (lo, hi) in enumerate(itertools.pairwise(bounds)) if lo < s < hi)
         if orthonormalize:
             _move(items, [chain.product(i, j) for i, j in itertools.pairwise(bounds)], center, k)
+            run = _pairs_in_a_row(order[step:], chain, bounds[k], bounds[k + 1])
+            if run and pair_splits.available(items[k]):
+                items[k : k + 1] = split_pairs(items[k], chain.patterns[bounds[k] : bounds[k] + run + 1])
+                bounds[k + 1 : k + 1] = range(s, s + run)
+                center, step = k + run, step + run
+                continue
             if step + 1 < len(order):
                 side = "left" if order[step + 1] > s else "right"
         else:
@@ -129,8 +148,21 @@ def _split_all(values: Tensor, chain: Chain, order: list[int], orthonormalize: b
         between = Interface.between(chain.product(bounds[k], s), chain.product(s, bounds[k + 1]))
         items[k : k + 1] = split(items[k], between, side)
         bounds.insert(k + 1, s)
-        center = k + 1 if side == "left" else k
+        center, step = k + 1 if side == "left" else k, step + 1
     return items
+
+
+def _pairs_in_a_row(order: list[int], chain: Chain, lo: int, hi: int) -> int:
+    """Return how many of the next splits take one factor after the other off the left, each of two rows and rank 1."""
+    run, ranks = 0, chain.ranks
+    while (
+        lo + run + 1 < hi and order[run : run + 1] == [lo + run + 1] and chain[lo + run].b == 2 == 1 + ranks[lo + run]
+    ):
+        run += 1
+    # The last of them leaves the values on its right only if the next split is there.
+    if run and run < len(order) and order[run] < lo + run:
+        run -= 1
+    return run if chain[hi - 1].d == 1 else 0
 
 
 def _move(items: list[Tensor], patterns: list[KSPattern], center: int, target: int) -> None:
