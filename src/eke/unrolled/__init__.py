@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .convolutional import convolutional_weight
 from .coordinate import CoordinateDescent, coordinate_descent
 from .operators import Convolutional, Dense, Functions, Operator, as_operator
 from .problems import Problem, gaussian, nmse_db
@@ -31,6 +32,7 @@ __all__ = [
     "analytic_weight",
     "as_operator",
     "coherence",
+    "convolutional_weight",
     "coordinate_descent",
     "fista",
     "gaussian",
