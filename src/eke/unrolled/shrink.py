@@ -37,11 +37,15 @@ def soft_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:
 
 def hard_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:
     """Return z where its magnitude reaches the threshold, zero elsewhere; the same shape."""
-    return torch.where(z.abs() >= threshold, z, 0)
+    level = threshold.detach() if isinstance(threshold, Tensor) else threshold
+    # a product with 0 and 1 is several times faster than `where`
+    return z * z.detach().abs().ge_(level)
 
 
 def kth_largest(magnitude: Tensor, k: int) -> Tensor:
     """Return the k-th largest entry of each row, (batch, 1), for 1 <= k <= n."""
+    if torch.onnx.is_in_onnx_export():
+        return magnitude.topk(k, dim=-1).values[..., -1:]
     n = magnitude.shape[-1]
     return magnitude.kthvalue(n + 1 - k, dim=-1, keepdim=True).values
 
@@ -77,8 +81,14 @@ def select_support(z: Tensor, threshold: float | Tensor, share: float | Tensor) 
     Returns:
         (batch, n); differentiable in z and threshold, not in share.
     """
-    mask = passing(z.detach().abs(), threshold.detach() if isinstance(threshold, Tensor) else threshold, share)
-    return torch.where(mask, z, soft_threshold(z, threshold))
+    magnitude = z.detach().abs()
+    level = threshold.detach() if isinstance(threshold, Tensor) else threshold
+    if isinstance(share, Tensor) and not _traced():
+        room = _count(_checked_shares(share), z.shape[-1])
+        reached = magnitude.clone().ge_(level)
+        if bool((reached.sum(-1, keepdim=True) <= room).all()):
+            return z * reached
+    return torch.where(passing(magnitude, level, share), z, soft_threshold(z, threshold))
 
 
 def passing(magnitude: Tensor, threshold: float | Tensor, share: float | Tensor) -> Tensor:
@@ -104,19 +114,32 @@ def passing(magnitude: Tensor, threshold: float | Tensor, share: float | Tensor)
         if count == 0:
             return torch.zeros_like(reached)
         return reached if count == n else reached & (magnitude >= kth_largest(magnitude, count))
-    k = (share.detach() * n + _ROUNDING * n).floor().to(torch.int64).clamp(0, n)
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-        ordered = magnitude.sort(dim=-1, descending=True).values
-    else:
-        if not bool(((share >= 0) & (share <= 1)).all()):
-            raise ValueError(
-                f"share must be from 0 to 1, got values from {float(share.min())} to {float(share.max())}."
-            )
-        # rows whose selection holds all that reach the threshold need no order
-        short = torch.where(k < reached.sum(-1, keepdim=True), k, 0)
-        most = int(short.max())
-        if most == 0:
-            return reached & (k > 0)
-        ordered = magnitude.topk(most, dim=-1).values
-    last = ordered.gather(-1, (k - 1).clamp(0, ordered.shape[-1] - 1))
-    return reached & (k > 0) & ((magnitude >= last) | (k > ordered.shape[-1]))
+    k = _count(share, n)
+    if _traced():
+        last = magnitude.sort(dim=-1, descending=True).values.gather(-1, (k - 1).clamp_min(0))
+        return reached & (k > 0) & (magnitude >= last)
+    k = _count(_checked_shares(share), n).expand(*magnitude.shape[:-1], 1)
+    passes = reached & (k > 0)
+    # rows whose selection holds all that reach the threshold need no order
+    short = ((k > 0) & (k < reached.sum(-1, keepdim=True))).squeeze(-1)
+    if bool(short.any()):
+        rows, wanted = magnitude[short], k[short]
+        last = rows.topk(int(wanted.max()), dim=-1).values.gather(-1, wanted - 1)
+        passes[short] &= rows >= last
+    return passes
+
+
+def _traced() -> bool:
+    """Return whether operations are recorded, so that values cannot decide which ones run."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def _count(share: Tensor, n: int) -> Tensor:
+    """Return floor(p n)."""
+    return (share.detach() * n + _ROUNDING * n).floor().to(torch.int64).clamp(0, n)
+
+
+def _checked_shares(share: Tensor) -> Tensor:
+    if not bool(((share >= 0) & (share <= 1)).all()):
+        raise ValueError(f"share must be from 0 to 1, got values from {float(share.min())} to {float(share.max())}.")
+    return share
