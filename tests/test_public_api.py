@@ -13,7 +13,7 @@ import eke
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
-    "compression", "cost", "curvature", "demo", "linalg", "nn", "ops", "patterns", "report", "sites", "solvers",
+    "compression", "cost", "curvature", "demo", "linalg", "nn", "ops", "optim", "patterns", "report", "sites", "solvers",
     "structures", "unrolled",
 ]  # fmt: skip
 NAMES = [

@@ -102,15 +102,27 @@ class Site:
             )
         return parameter
 
-    def read(self, model: nn.Module) -> Tensor:
-        """Return a detached copy of the matrix, (m, n), in the parameter's dtype and device."""
-        stored = self.tensor(model).detach()
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """Return the matrix (m, n) of a tensor in the shape of the parameter: its values, or a gradient of them."""
         if self.kind == "conv_transpose":
             # (in, out/g, k...) -> (g, out/g, in/g, k...)
             stored = stored.reshape(self.groups, -1, *self.stored_shape[1:]).transpose(1, 2)
         elif self.transposed:
             stored = stored.t()
-        return stored.reshape(self.shape).clone()
+        return stored.reshape(self.shape)
+
+    def stored_of(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (m, n) in the shape of the parameter: the inverse of `matrix_of`."""
+        if self.kind == "conv_transpose":
+            inputs, outputs, *kernel = self.stored_shape
+            matrix = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel).transpose(1, 2)
+        elif self.transposed:
+            matrix = matrix.t()
+        return matrix.reshape(self.stored_shape)
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Return a detached copy of the matrix, (m, n), in the parameter's dtype and device."""
+        return self.matrix_of(self.tensor(model).detach()).clone()
 
     def write_(self, model: nn.Module, matrix: Tensor) -> None:
         """Write a matrix in place; the parameter stays the same object.
@@ -125,14 +137,8 @@ class Site:
         parameter = self.tensor(model)
         if tuple(matrix.shape) != self.shape:
             raise ValueError(f"Site {self.name!r} needs a matrix of shape {self.shape}, got {tuple(matrix.shape)}.")
-        values = matrix.detach()
-        if self.kind == "conv_transpose":
-            inputs, outputs, *kernel = self.stored_shape
-            values = values.reshape(self.groups, outputs, inputs // self.groups, *kernel).transpose(1, 2)
-        elif self.transposed:
-            values = values.t()
         with torch.no_grad():
-            parameter.copy_(values.reshape(self.stored_shape))
+            parameter.copy_(self.stored_of(matrix.detach()))
 
     def inputs_to_rows(self, module_input: Tensor | Sequence[object]) -> Tensor:
         """Turn what the module was called with into the rows that the matrix multiplies.

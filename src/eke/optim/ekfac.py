@@ -1,0 +1,411 @@
+"""EKFAC: natural gradient in the eigenbasis of Kronecker factors, with second moments measured in that basis.
+
+For each layer, A = E[a a^T] and S = E[g g^T] over inputs a (a 1 appended for the bias) and gradients g at the output,
+U_A and U_S their eigenvectors, G_n the gradient of example n:
+
+    m2 = E_n[(U_S^T G_n U_A)^2],     W <- W - lr U_S ((U_S^T G U_A) / (m2 + damping)) U_A^T.
+
+"kfac" takes the product of the eigenvalues for m2; "ekfac_ra" a running mean of N (U_S^T G U_A)^2, which needs no
+gradients of single examples. Among all diagonals in this basis E_n[...] is nearest to the Fisher matrix (Frobenius).
+Running means start as plain means; momentum and m2 turn with the basis. With `kl_clip` the step does not depend on the
+scale of the loss: gradients are counted in units of s, s^2 the mean of all m2, and the step is shortened where the
+change it predicts, lr^2 sum(D^2 (m2 + damping)) in these units and per parameter, exceeds the clip.
+
+Cost of a layer (m, n) at batch N in multiply-adds: N (m^2 + n^2) to turn the rows, N m n twice for m2 and the turned
+gradient (a gradient that is no sum of seen rows, as after clipping by value, costs m n (m + n) more), m n (m + n) to
+turn back; eigenvectors every `basis_every` steps.
+
+Source: George, Laurent, Bouthillier, Ballas, Vincent, "Fast approximate natural gradient descent in a
+Kronecker-factored eigenbasis", 2018; Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate
+curvature", 2015 (clip). Units of s and the carried moments are eke's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import sites
+from .basis import Refresh, refreshed, turn
+from .capture import Capture
+from .fisher import Likelihood, pulls
+from .layers import Layer, find_layers
+from .rows import Rows, Sharing, rows_of
+
+Variant = Literal["ekfac", "ekfac_ra", "kfac"]
+Fisher = Literal["empirical", "mc", "exact"]
+_SAME = 1e-4
+"""Relative difference up to which a gradient counts as the sum of the rows seen."""
+
+
+@dataclass
+class _Move:
+    """One layer's gradient in its basis, and what becomes of it."""
+
+    layer: Layer
+    gradient: Tensor
+    moments: Tensor
+
+
+class EKFAC(torch.optim.Optimizer):
+    """Optimizer for linear layers and convolutions, with AdamW for every other parameter.
+
+    Args:
+        model: The model, watched during its own passes in training mode: gradients at the outputs of its layers are
+            seen in `loss.backward()`. Wrappers of DDP are looked through.
+        params: Parameters or parameter groups, as for any optimizer; None for all that need a gradient. Each group is
+            split in two: layers with Kronecker factors, and others.
+        lr: Learning rate of the layers.
+        damping: Added to m2; in units of s^2 with `kl_clip`, in units of the loss's curvature without.
+        momentum: Of a running mean of gradients, corrected for its start.
+        weight_decay: Decoupled: weights shrink by lr * weight_decay each step.
+        kl_clip: See above; None for raw units and no clip.
+        variant: See above.
+        fisher: Whose gradients make the moments: of the labels ("empirical"), of labels drawn from the model ("mc"), or
+            of all columns of a root of the loss's Hessian ("exact"). For the last two call `observe` before `backward`.
+        basis_every: Steps between refreshes of the bases.
+        statistics_decay: Of the running means of A, S and m2; 0 for the current batch alone.
+        sharing: What many locations of a linear layer (tokens) mean: "sum" for one loss an example, "expand" for one
+            loss a token, "reduce" for a cheap form of the first.
+        reduction: Whether the loss is a mean over examples or their sum.
+        refresh: How bases are refreshed.
+        tolerance: Bases that diagonalise to this share of the factor's norm are kept.
+        others_lr: Learning rate of AdamW.
+        betas: Of AdamW.
+        largest: Sides longer than this keep the identity as their basis.
+        loss_scale: What the loss is multiplied by before `backward`: a number or a function that returns it, such as
+            `GradScaler.get_scale`.
+
+    Raises:
+        ValueError: if a number is out of range or the model has no parameter that needs a gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.03,
+        damping: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        kl_clip: float | None = 1e-4,
+        variant: Variant = "ekfac",
+        fisher: Fisher = "empirical",
+        basis_every: int = 50,
+        statistics_decay: float = 0.95,
+        sharing: Sharing = "sum",
+        reduction: Literal["mean", "sum"] = "mean",
+        refresh: Refresh = "eigh",
+        tolerance: float = 0.0,
+        others_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        largest: int = 4096,
+        loss_scale: float | Callable[[], float] = 1.0,
+    ) -> None:
+        _check_ranges(
+            lr, damping, momentum, weight_decay, kl_clip, basis_every=basis_every, statistics_decay=statistics_decay
+        )
+        inner = sites.unwrap(model)
+        self._layers = {id(layer.weight): layer for layer in find_layers(inner)}
+        self.variant, self.fisher, self.sharing = variant, fisher, sharing
+        self.basis_every, self.statistics_decay, self.largest = basis_every, statistics_decay, largest
+        self.refresh, self.tolerance, self.mean = refresh, tolerance, reduction == "mean"
+        self.loss_scale = loss_scale
+        self._warned = False
+        defaults: dict[str, Any] = {
+            "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip,
+            "betas": betas, "kronecker": False,
+        }  # fmt: skip
+        given = [p for p in inner.parameters() if p.requires_grad] if params is None else list(params)
+        super().__init__(self._split(given, others_lr), defaults)
+        self._capture = Capture(inner, [m for layer in self._layers.values() for m in layer.modules])
+        self._capture.listening = fisher == "empirical"
+        if not self._layers:
+            warnings.warn("EKFAC found no linear layer or convolution it can watch: AdamW does all.", stacklevel=2)
+
+    def _split(self, given: list[Any], others_lr: float) -> list[dict[str, Any]]:
+        """Return each parameter group as two: weights with Kronecker factors, and others."""
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        groups = [{**group, "params": _listed(group["params"])} for group in groups]
+        found: list[dict[str, Any]] = []
+        chosen = {id(p) for group in groups for p in group["params"]}
+        self._layers = {key: layer for key, layer in self._layers.items() if key in chosen}
+        for layer in self._layers.values():
+            if id(layer.bias) not in chosen:
+                layer.bias = None  # it stays as it is, so its column is no part of the matrix
+        biases = {id(layer.bias) for layer in self._layers.values()}
+        for group in groups:
+            rest = {key: value for key, value in group.items() if key != "params"}
+            params = group["params"]
+            main = [p for p in params if id(p) in self._layers or id(p) in biases]
+            others = [p for p in params if id(p) not in self._layers and id(p) not in biases]
+            if main:
+                found.append({**rest, "params": main, "kronecker": True})
+            if others:
+                found.append({"lr": others_lr, **rest, "params": others, "kronecker": False})
+        return found
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, weights: Tensor | None = None
+    ) -> Tensor | None:
+        """Change the parameters by one step.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls `backward` and returns the loss.
+            weights: Weights (examples,) of the examples in the loss, where it is a weighted mean (importance sampling).
+
+        Returns:
+            The closure's loss, None without one.
+
+        Raises:
+            RuntimeError: if a layer has a gradient but was never seen in a pass in training mode.
+        """  # noqa: DOC502
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["kronecker"]:
+                self._step_layers(group, weights)
+            else:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        _adamw(parameter, self.state[parameter], group)
+        self._capture.clear()
+        return loss
+
+    def observe(
+        self, outputs: Tensor, *, likelihood: Likelihood = "categorical", generator: torch.Generator | None = None
+    ) -> None:
+        """See the gradients of the model's own distribution, for `fisher` "mc" and "exact".
+
+        Call it between the forward pass and `loss.backward()`. No `.grad` is changed.
+
+        Args:
+            outputs: What the model returned, still connected to it: logits (examples, ..., classes) of a categorical,
+                logits of independent Bernoullis, or means of Gaussians of variance 1 (loss 1/2 sum (y - mean)^2).
+            likelihood: Which of these.
+            generator: Source of drawn labels; None for torch's own.
+
+        Raises:
+            ValueError: if `fisher` is "empirical", or outputs have no graph.
+        """
+        if self.fisher == "empirical":
+            raise ValueError('observe is for fisher="mc" and fisher="exact"; this optimizer has fisher="empirical".')
+        if not outputs.requires_grad:
+            raise ValueError(
+                f"observe needs outputs {tuple(outputs.shape)} that are still connected to the model: not detached, "
+                "not from no_grad."
+            )
+        weights = [layer.weight for layer in self._layers.values()]
+        with torch.no_grad():
+            columns = pulls(outputs, likelihood, exact=self.fisher == "exact", generator=generator)
+        # Columns count as examples, but their second moments are to add up, not to be averaged.
+        rows = outputs[..., 0].numel() if likelihood == "categorical" else outputs.shape[0]
+        scale = self._scale() * (1 / (rows * len(columns) ** 0.5) if self.mean else len(columns) ** 0.5)
+        self._capture.listening = True
+        try:
+            for column in columns:
+                self._capture.turn += 1
+                torch.autograd.grad(outputs, weights, column * scale, retain_graph=True, allow_unused=True)
+        finally:
+            self._capture.listening = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; statistics keep their type whatever that of the parameters."""
+        super().load_state_dict(state_dict)
+        held = [p for group in self.param_groups for p in group["params"]]
+        for index, values in state_dict["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    self.state[held[index]][key] = value.detach().to(held[index].device, copy=True)
+
+    def _scale(self) -> float:
+        return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+
+    def _step_layers(self, group: dict[str, Any], weights: Tensor | None) -> None:
+        moves = []
+        for parameter in group["params"]:
+            layer = self._layers.get(id(parameter))
+            if layer is not None and parameter.grad is not None:
+                moves.append(self._watch(layer, group, weights))
+        if not moves:
+            return
+        lr, damping, clip = group["lr"], group["damping"], group["kl_clip"]
+        unit, share = 1.0, 1.0
+        if clip is not None:
+            entries = sum(move.moments.numel() for move in moves)
+            unit = max(float(torch.stack([m.moments.sum() for m in moves]).sum()) / entries, 1e-30) ** 0.5
+        directions, change = [], 0.0
+        for move in moves:
+            damped = move.moments + damping * unit**2
+            directions.append(torch.div(move.gradient, damped))
+            if clip is not None:
+                change += float(torch.dot(directions[-1].flatten(), damped.mul_(directions[-1]).flatten()))
+        if clip is not None:
+            share = min(1.0, (clip * entries / max(lr**2 * change, 1e-30)) ** 0.5)
+        for move, direction in zip(moves, directions):
+            state = self.state[move.layer.weight]
+            back = turn(direction, state.get("g_basis"), state.get("a_basis"))
+            move.layer.change_(back, lr * share * unit, decay=lr * group["weight_decay"])
+
+    def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> _Move:
+        """Bring a layer's statistics up to date and give its gradient in the basis, with momentum. A layer that was
+        never seen raises RuntimeError.
+        """  # noqa: D205, DOC201, DOC501
+        state = self.state[layer.weight]
+        calls = [call for module in layer.modules for call in self._capture.take(module)]
+        if not calls and "moments" not in state:
+            raise RuntimeError(
+                f"EKFAC has seen no pass of {layer.site.name!r} in training mode"
+                + ("" if self.fisher == "empirical" else " with observe(outputs) before backward")
+                + ", and has no statistics of it: call model.train() before the forward pass, and use the model that "
+                "was given to the optimizer, not a copy."
+            )
+        rows = None
+        if calls:
+            rows = rows_of(
+                layer.site, calls, bias=layer.bias is not None, sharing=self.sharing, mean=self.mean,
+                loss_scale=self._scale(), weights=weights,
+            )  # fmt: skip
+        gradient = layer.gradient()
+        if not self.mean and rows is not None:
+            gradient = gradient / rows.examples
+        self._update_basis(layer, state, rows)
+        g_basis, a_basis = state.get("g_basis"), state.get("a_basis")
+        turned = None if rows is None else rows.turned(g_basis, a_basis)
+        plain = weights is None and self.fisher == "empirical"
+        known = plain and rows is not None and _explains(rows, gradient)
+        found = turned.gradient() if known and turned else turn(gradient, _t(g_basis), _t(a_basis))
+        if turned is not None and rows is not None:
+            self._update_moments(state, turned, found, rows.examples)
+        return _Move(layer, _averaged(state, found, group["momentum"]), state["moments"])
+
+    def _update_basis(self, layer: Layer, state: dict[str, Any], rows: Rows | None) -> None:
+        steps = int(state.get("steps", 0))
+        state["steps"] = steps + 1
+        due = steps % self.basis_every == 0 or "moments" not in state
+        if rows is None or not (due or steps % max(1, self.basis_every // 10) == 0):
+            return
+        wanted = (rows.a.shape[3] <= self.largest, rows.g.shape[3] <= self.largest)
+        seen = int(state.get("seen", 0))
+        decay = min(self.statistics_decay ** max(1, self.basis_every // 10), seen / (seen + 1))
+        state["seen"] = seen + 1
+        turns: dict[str, Tensor | None] = {"g": None, "a": None}
+        for key, batch in zip("ag", rows.factors(wanted=wanted)):
+            if batch is None:
+                continue
+            factor = state.get(f"{key}_factor")
+            new = batch if factor is None else decay * factor + (1 - decay) * batch
+            if not bool(torch.isfinite(new).all()):
+                self._warn(layer)
+                continue
+            state[f"{key}_factor"] = new
+            if due:
+                old = state.get(f"{key}_basis")
+                basis = refreshed(new, old, how=self.refresh, tolerance=self.tolerance)
+                if basis is not None:
+                    state[f"{key}_basis"] = basis
+                    turns[key] = None if old is None else basis.mT @ old
+        if "moments" in state and any(t is not None for t in turns.values()):
+            square = {key: None if t is None else t.square() for key, t in turns.items()}
+            state["moments"] = turn(state["moments"], square["g"], square["a"])
+            if "momentum" in state:
+                state["momentum"] = turn(state["momentum"], turns["g"], turns["a"])
+
+    def _update_moments(self, state: dict[str, Any], turned: Rows, gradient: Tensor, examples: int) -> None:
+        if self.variant == "kfac":
+            lines = []
+            for key, size in (("g", turned.g.shape[3]), ("a", turned.a.shape[3])):
+                factor, basis = state.get(f"{key}_factor"), state.get(f"{key}_basis")
+                ones = turned.a.new_ones(turned.a.shape[0], size)
+                lines.append(ones if factor is None or basis is None else ((factor @ basis) * basis).sum(1))
+            state["moments"] = lines[0][:, :, None] * lines[1][:, None, :]
+            return
+        batch = turned.squares() if self.variant == "ekfac" else gradient.square() * examples
+        if not bool(torch.isfinite(batch).all()):
+            self._warn(None)
+            return
+        updates = int(state.get("updates", 0))
+        decay = min(self.statistics_decay, updates / (updates + 1))
+        state["updates"] = updates + 1
+        state["moments"] = batch if "moments" not in state else state["moments"].lerp_(batch, 1 - decay)
+
+    def _warn(self, layer: Layer | None) -> None:
+        if not self._warned:
+            self._warned = True
+            where = "" if layer is None else f" of {layer.site.name!r}"
+            warnings.warn(
+                f"Statistics{where} are not finite in this step: the last good ones stay in use (said once).",
+                stacklevel=4,
+            )
+
+
+def _explains(rows: Rows, gradient: Tensor) -> bool:
+    """Return whether the gradient is the mean of the rows' outer products, told by one random direction."""
+    generator = torch.Generator(device=gradient.device).manual_seed(0)
+    probe = torch.randn(gradient.shape[2], 1, generator=generator, dtype=gradient.dtype, device=gradient.device)
+    a, g = rows.a.flatten(1, 2), rows.g.flatten(1, 2)
+    expected = g.mT @ (a @ probe) / rows.examples
+    return float((gradient @ probe - expected).norm()) <= _SAME * float(expected.norm())
+
+
+def _averaged(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+    """Return the running mean of gradients in the basis, corrected for its start."""
+    if not momentum:
+        return gradient
+    weight = float(state.get("momentum_weight", 0.0)) * momentum + (1 - momentum)
+    state["momentum_weight"] = weight
+    old = state.get("momentum")
+    state["momentum"] = (
+        gradient * (1 - momentum) if old is None else old.mul_(momentum).add_(gradient, alpha=1 - momentum)
+    )
+    return state["momentum"] / weight  # type: ignore[no-any-return]
+
+
+def _adamw(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """One step of AdamW. Source: Loshchilov, Hutter, "Decoupled weight decay regularization", 2019."""
+    if not state:
+        state["steps"] = 0
+        state["first"], state["second"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["steps"] += 1
+    (one, two), steps = group["betas"], state["steps"]
+    gradient = parameter.grad
+    assert gradient is not None
+    state["first"].lerp_(gradient, 1 - one)
+    state["second"].lerp_(gradient.square(), 1 - two)
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    root = (state["second"] / (1 - two**steps)).sqrt_().add_(1e-8)
+    parameter.addcdiv_(state["first"], root, value=-group["lr"] / (1 - one**steps))
+
+
+def _t(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else basis.mT
+
+
+def _listed(params: Any) -> list[Tensor]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _check_ranges(
+    lr: float, damping: float, momentum: float, weight_decay: float, kl_clip: float | None, *, basis_every: int,
+    statistics_decay: float,
+) -> None:  # fmt: skip
+    for name, value in (("lr", lr), ("damping", damping), ("kl_clip", kl_clip)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    for name, value in (("momentum", momentum), ("statistics_decay", statistics_decay)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    if weight_decay < 0 or basis_every < 1:
+        raise ValueError(
+            f"weight_decay must be >= 0 and basis_every >= 1, got weight_decay={weight_decay}, "
+            f"basis_every={basis_every}."
+        )
