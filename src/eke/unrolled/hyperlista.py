@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -33,6 +34,27 @@ _GUARD = 1e-30
 
 C1, C2, C3 = 0.0132747, 0.004, 0.3
 """Found by a grid search on 250 x 500 normal dictionaries, 10 % nonzeros, no noise; see `tune_hyperlista`."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the search for the numbers went.
+
+    Args:
+        c1: Found.
+        c2: Found.
+        c3: Found.
+        nmse_db: Error of the best candidate on the problems given.
+        seconds: Of the search.
+        solved: Problems solved on the way.
+    """
+
+    c1: float
+    c2: float
+    c3: float
+    nmse_db: float
+    seconds: float
+    solved: int
 
 
 class HyperLISTA(SparseSolver):
@@ -73,6 +95,7 @@ class HyperLISTA(SparseSolver):
         if chosen.shape != matrix.shape:
             raise ValueError(f"The weight must have A's shape {tuple(matrix.shape)}, got {tuple(chosen.shape)}.")
         self.gamma = gamma
+        self.tuning: Tuning | None = None
         self.c1, self.c2, self.c3 = (self._scalar(value) for value in (c1, c2, c3))
         self.weights = Dense(torch.cat([chosen, _pseudo_inverse(matrix).mH], -1))
 

@@ -9,7 +9,8 @@
 Every layer has a threshold t (trained as its logarithm, so it stays positive) and, but for LISTA, a step g.
 At their first weights (A / L', L' = 1.001 |A|^2) LISTA, LISTACP and TiLISTA are ISTA. Cost: 2 m n a layer.
 Shares p_k are min(1.2 (k + 1), 13) per cent. Sources: Gregor and LeCun, "Learning fast approximations of sparse
-coding", 2010; Chen, Liu, Wang and Yin, "Theoretical linear convergence of unfolded ISTA", 2018; Liu et al., "ALISTA", 2019.
+coding", 2010; Chen, Liu, Wang and Yin, "Theoretical linear convergence of unfolded ISTA", 2018; Liu, Chen, Wang and
+Yin, "ALISTA", 2019.
 """
 
 from __future__ import annotations
