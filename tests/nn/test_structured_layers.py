@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -135,23 +137,122 @@ def test_blast_with_equal_couplings_is_low_rank():
         assert torch.linalg.matrix_rank(layer.to_dense()) == 4
 
 
-def test_blast_error_never_grows_and_vanishes_at_full_rank():
-    generator = torch.Generator().manual_seed(0)
-    member = BLASTLinear(16, 16, blocks=2, rank=2, dtype=DOUBLE)
-    member.reset_parameters(generator=generator)
-    dense = nn.Linear(16, 16, dtype=DOUBLE)
+def blast_member(seed=0, dtype=DOUBLE):
+    member = BLASTLinear(16, 16, blocks=2, rank=2, dtype=dtype)
+    member.reset_parameters(generator=torch.Generator().manual_seed(seed))
+    dense = nn.Linear(16, 16, dtype=dtype)
     with torch.no_grad():
         dense.weight.copy_(member.to_dense())
+    return member, dense
+
+
+def distance(layer, dense):
+    return float((layer.to_dense() - dense.weight).detach().norm() / dense.weight.detach().norm())
+
+
+@pytest.mark.parametrize("start", [None, 1])
+def test_blast_error_never_grows_and_vanishes_at_full_rank(start):
+    _, dense = blast_member()
     errors = []
     for sweeps in (1, 3, 10, 100):
-        start = torch.Generator().manual_seed(1)
-        found = BLASTLinear.from_dense(dense, blocks=2, rank=2, sweeps=sweeps, generator=start)
-        errors.append(float((found.to_dense() - dense.weight).detach().norm() / dense.weight.detach().norm()))
-    assert errors == sorted(errors, reverse=True)
-    # Descent may end in a local minimum; zero would have the error 1.
-    assert errors[-1] < 0.5
-    full = BLASTLinear.from_dense(dense, blocks=2, rank=16, generator=generator)
+        generator = None if start is None else torch.Generator().manual_seed(start)
+        found = BLASTLinear.from_dense(dense, blocks=2, rank=2, sweeps=sweeps, generator=generator)
+        errors.append(distance(found, dense))
+    # Equal up to the ridge of the normal equations.
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(errors))
+    full = BLASTLinear.from_dense(dense, blocks=2, rank=16)
     torch.testing.assert_close(full.to_dense(), dense.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "cols", "blocks", "rank"), [(16, 16, 2, 2), (17, 13, (3, 2), 4), (24, 30, 3, 5)])
+def test_blast_is_no_worse_than_the_best_matrix_of_its_rank(rows, cols, blocks, rank):
+    dense = nn.Linear(cols, rows, dtype=DOUBLE)
+    nn.init.normal_(dense.weight, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(dense.weight.detach())
+    best = float(values[rank:].norm() / values.norm())
+    found = distance(BLASTLinear.from_dense(dense, blocks=blocks, rank=rank), dense)
+    assert found <= best * (1 + 1e-9)
+    # More couplings than one a rank: strictly better on a matrix without structure.
+    assert found < 0.98 * best
+
+
+def test_blast_near_a_member_finds_it_again():
+    member, dense = blast_member()
+    nn.init.ones_(member.middle)  # where the sweeps start
+    found = copy.deepcopy(member)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        dense.weight.copy_(member.to_dense())
+        for factor in (found.left, found.right):
+            factor.add_(0.01 * torch.randn(factor.shape, dtype=DOUBLE, generator=generator))
+        assert distance(found, dense) > 1e-3
+        found._fit(dense.weight, 200, from_rank=False)
+    assert distance(found, dense) < 1e-8
+
+
+def test_the_best_of_some_random_starts_recovers_a_member():
+    _, dense = blast_member()
+    starts = [torch.Generator().manual_seed(seed) for seed in range(12)]
+    errors = [distance(BLASTLinear.from_dense(dense, blocks=2, rank=2, sweeps=300, generator=g), dense) for g in starts]
+    assert min(errors) < 1e-6
+
+
+def projections():
+    chain, blast = {"chain": "monarch", "blocks": 2}, {"blocks": 2, "rank": 3}
+    return [
+        (KSLinear.from_dense, nn.Linear(10, 14), chain),
+        (KSConv2d.from_dense, nn.Conv2d(4, 6, 3, padding=1), chain),
+        (BLASTLinear.from_dense, nn.Linear(10, 14), blast),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["KSLinear", "KSConv2d", "BLASTLinear"])
+def test_projection_leaves_everything_else_alone(number):
+    project, dense, options = projections()[number]
+    before, weight = torch.get_rng_state(), dense.weight.clone()
+    for training in (True, False):
+        for wanted in (True, False):
+            layer = project(dense.train(training).requires_grad_(wanted), **options)
+            assert all(module.training == training for module in layer.modules())
+            assert all(p.requires_grad == wanted for p in layer.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(dense.weight, weight)
+
+
+@pytest.mark.parametrize("number", range(3), ids=["KSLinear", "KSConv2d", "BLASTLinear"])
+def test_projection_of_bfloat16(number):
+    project, dense, options = projections()[number]
+    dense = dense.to(torch.bfloat16)
+    layer = project(dense, **options)
+    assert all(p.dtype == torch.bfloat16 for p in layer.parameters())
+    exact = project(dense.double(), **options)
+    # Factors rounded to 8 bits each.
+    assert float((layer.to_dense().double() - exact.to_dense()).norm() / exact.to_dense().norm()) < 0.03
+
+
+def test_blast_takes_an_empty_batch():
+    layer = BLASTLinear(13, 17, blocks=(3, 2), rank=4)
+    assert layer(torch.ones(0, 13)).shape == (0, 17)
+    assert layer(torch.ones(2, 0, 13)).shape == (2, 0, 17)
+    layer(torch.ones(0, 13)).sum().backward()
+    assert not layer.left.grad.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_sets_the_type_of_padded_outputs(grad):
+    layers = [
+        KSLinear(50, 37, chain="monarch"),
+        KSLinear(64, 64, chain="monarch"),
+        BLASTLinear(13, 17, blocks=(3, 2), rank=4),
+    ]
+    for layer in layers:
+        x = torch.randn(3, layer.in_features)
+        with torch.set_grad_enabled(grad):
+            exact = layer(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = layer(x)
+        assert (y.dtype, y.shape) == (torch.bfloat16, (3, layer.out_features))
+        assert float((y.float() - exact).norm() / exact.norm()) < 0.03
 
 
 def test_initial_values_follow_the_formula_and_keep_the_variance():
@@ -161,10 +262,13 @@ def test_initial_values_follow_the_formula_and_keep_the_variance():
     assert initial_std(2, 2) == pytest.approx(1 / math.sqrt(2))
     assert initial_std(16, 4) == pytest.approx(1 / 8)
     for layer in (monarch, KSLinear(1024, 1024, chain="butterfly"), KSLinear(256, 512, chain="monarch")):
-        x = torch.randn(4000, layer.in_features)
-        with torch.no_grad():
-            ratio = float(layer(x).var() / x.var())
-        assert ratio == pytest.approx(1, rel=0.15)
+        x = torch.randn(2000, layer.in_features)
+        ratios = []
+        for seed in range(16):  # one draw of a butterfly is off by as much as 10 %
+            layer.reset_parameters(generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                ratios.append(float(layer(x).var() / x.var()))
+        assert sum(ratios) / len(ratios) == pytest.approx(1, rel=0.05)
     monarch.zero_output_()
     assert not monarch(torch.ones(1, 256)).any()
 

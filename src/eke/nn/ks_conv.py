@@ -99,7 +99,7 @@ class KSConv2d(nn.Module):
             padding=(down, right), dilation=(tall, broad), bias=conv.bias is not None, device="meta",
         )  # fmt: skip
         layer.linear = linear
-        return layer
+        return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
     def to_dense(self) -> Tensor:
         """Return the weight, (out_channels, in_channels, height, width)."""

@@ -106,12 +106,14 @@ def rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     Returns:
         Rate of the dense product, rate of the native kernel (0 where it cannot run).
     """
-    x, matrix, blocks = _ones((192, 256), dtype), _ones((256, 256), dtype), _ones((4, 64, 64, 1), torch.float32)
+    # As many samples as make the cost of a call small beside the work.
+    n = 512
+    x, matrix, blocks = _ones((n, 256), dtype), _ones((256, 256), dtype), _ones((4, 64, 64, 1), torch.float32)
     with _alone():
-        dense = 2 * 192 * 256 * 256 / seconds_of(lambda: torch.nn.functional.linear(x, matrix), 8)
+        dense = 2 * n * 256 * 256 / seconds_of(lambda: torch.nn.functional.linear(x, matrix), 5)
         if not native.supports(x):
             return dense, 0.0
-        return dense, 2 * 192 * 4 * 64 * 64 / seconds_of(lambda: native.forward(x, [blocks], batch_last=False), 8)
+        return dense, 2 * n * 4 * 64 * 64 / seconds_of(lambda: native.forward(x, [blocks], batch_last=False), 8)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -48,15 +48,19 @@ i64 rows_at_once(const Factor& f, i64 batch, i64 threads) {
 // Whether a call's inputs and outputs are beyond the second cache.
 inline bool is_cold(const Factor& f, i64 batch) { return batch * f.a * (f.b + f.c) * f.d > 4 * CACHE; }
 
+// Whether its outputs alone fill a good part of the last cache: then they are better written past it, also for a
+// reader that follows at once.
+inline bool is_far(const Factor& f, i64 batch) { return batch * f.a * f.b * f.d >= 1 << 20; }
+
 void tile_first(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool far) {
   if (q.way == TINY) return tiny_first(q, x, xs, y, ys, n);
   if (q.way == HELD) return held_first(q.f, x, xs, y, ys, n, far);
-  for (i64 i = 0; i < q.f.a; i++) block_first(q, i, x, xs, y, ys, n, nullptr);
+  for (i64 i = 0; i < q.f.a; i++) block_first(q, i, x, xs, y, ys, n, nullptr, far);
 }
 
 void one_first(const Ready& q, const Call& c) {
   const Factor& f = q.f;
-  const bool cold = is_cold(f, c.batch), whole = q.way == TINY || q.way == HELD;
+  const bool cold = is_cold(f, c.batch), far = is_far(f, c.batch), whole = q.way == TINY || q.way == HELD;
   const i64 chunk = rows_at_once(f, c.batch, whole || f.a < c.threads ? c.threads : 1);
   const i64 chunks = ceil_div(c.batch, chunk), parts = whole ? 1 : f.a, tasks = chunks * parts;
   const float* x = (const float*)c.x;
@@ -66,31 +70,31 @@ void one_first(const Ready& q, const Call& c) {
     i64 n = t / parts * chunk, i = t % parts, rows = least(chunk, c.batch - n);
     const float* at = x + n * c.x_stride;
     if (whole) {
-      tile_first(q, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold);
+      tile_first(q, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, far);
     } else {
       const float* next = i + 1 < f.a ? at + f.c * f.d : n + 2 * chunk <= c.batch ? x + (n + chunk) * c.x_stride : x;
-      block_first(q, i, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold ? next : nullptr);
+      block_first(q, i, at, c.x_stride, y + n * c.y_stride, c.y_stride, rows, cold ? next : nullptr, far);
     }
   }
 }
 
 void one_last(const Ready& q, const Call& c) {
   const Factor& f = q.f;
-  const bool cold = is_cold(f, c.batch);
+  const bool cold = is_cold(f, c.batch), far = is_far(f, c.batch);
   const i64 chunk = most(COLS * W, CACHE / 2 / (f.b + f.c) / (COLS * W) * (COLS * W));
   const i64 chunks = ceil_div(c.batch, chunk), tasks = chunks * f.a * f.d;
   const float* x = (const float*)c.x;
   float* y = (float*)c.y;
 #pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
   for (i64 t = 0; t < tasks; t++) {
-    i64 n = t / (f.a * f.d) * chunk, i = t / f.d % f.a, j = t % f.d;
-    group_last(q, i, j, x + n, c.x_stride, y + n, c.y_stride, least(chunk, c.batch - n), cold);
+    i64 n = t % chunks * chunk, i = t / chunks / f.d, j = t / chunks % f.d;
+    group_last(q, i, j, x + n, c.x_stride, y + n, c.y_stride, least(chunk, c.batch - n), cold, far);
   }
 }
 
-void tile_last(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool) {
+void tile_last(const Ready& q, const float* x, i64 xs, float* y, i64 ys, i64 n, bool far) {
   for (i64 i = 0; i < q.f.a; i++)
-    for (i64 j = 0; j < q.f.d; j++) group_last(q, i, j, x, xs, y, ys, n, false);
+    for (i64 j = 0; j < q.f.d; j++) group_last(q, i, j, x, xs, y, ys, n, false, far);
 }
 
 // A tile of the batch through all factors, between two scratch buffers, with a bias and a clip at the end.
@@ -98,7 +102,7 @@ void through(const Call& c, const Ready* q, i64 n, i64 count, float* left, float
   const bool last = c.layout == LAST, wide = c.type == FLOAT32;
   const i64 in = q[0].f.a * q[0].f.c * q[0].f.d, end = c.factors - 1, out = q[end].f.a * q[end].f.b * q[end].f.d;
   const i64 inner = last ? count : widest;
-  const bool far = !c.bias && !c.relu && is_cold(q[end].f, c.batch);
+  const bool far = !c.bias && !c.relu && is_far(q[end].f, c.batch);
   const float* from = (const float*)c.x + (last ? n : n * c.x_stride);
   i64 from_stride = c.x_stride;
   if (!wide) {
@@ -207,7 +211,7 @@ void gradient_block(const Gradient& c, i64 i, i64 part, i64 parts) {
       bool ends = t + (columns - 1) * period == total - 1;
       Job j = {c.g + n * c.g_stride + i * f.b * f.d + h.offset, f.d, c.g_stride, &h,
                c.x + n * c.x_stride + i * width + t * W, c.x_stride, period * W, least(chunk, c.batch - n),
-               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false, false, nullptr, 0, 0, 0};
+               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false, false, false, nullptr, 0, 0, 0};
       run(j, (int)columns);
     });
   }

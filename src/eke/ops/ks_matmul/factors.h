@@ -220,17 +220,17 @@ void held_first(const Factor& f, const float* x, i64 xs, float* y, i64 ys, i64 n
 }
 
 // Super-block i of one factor, batch first: n rows. next: the same of the block to come, or nothing.
-void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys, i64 n, const float* next) {
+void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys, i64 n, const float* next, bool far) {
   const Factor& f = q.f;
   const i64 width = f.b * f.d, total = ceil_div(width, W), period = period_of(f.d);
   const float* w = q.packed + (q.way == PACKED ? i * total * f.c * W : 0);
-  const bool cold = next, fetch = cold && f.b >= FETCH;
+  const bool cold = next && xs % PAGE != 0, fetch = cold && f.b >= FETCH;
   i64 done = 0;
   panels(total, f.d, [&](const Phase& h, i64 t, i64 columns) {
     bool ends = t + (columns - 1) * period == total - 1;
     Job j = {x + i * f.c * f.d + h.offset, xs, f.d, &h, w, columns * W, W, f.c,
              y + i * width + t * W, ys, period * W, n, ends ? lanes_of(width) : W, false, true,
-             cold, nullptr, 0, xs, ceil_div(f.c * f.d, 16)};
+             cold, far, nullptr, 0, xs, ceil_div(f.c * f.d, 16)};
     if (fetch) {
       const i64 from = done * n / total, to = (done + columns) * n / total;
       j.next = next + from * xs;
@@ -248,7 +248,7 @@ void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys
 }
 
 // Group (i, j) of one factor, batch last: n columns.
-void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n, bool cold) {
+void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n, bool cold, bool far) {
   const Factor& f = q.f;
   Phase h = phase_of(1, 0);
   i64 total = ceil_div(n, W), groups = ceil_div(total, COLS), base = total / groups, extra = total % groups, t = 0;
@@ -259,7 +259,7 @@ void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, 
     bool ends = t + columns == total;
     Job job = {w, rs, ls, &h, x + (i * f.c * f.d + j) * xs + t * W, f.d * xs, W, f.c,
                y + (i * f.b * f.d + j) * ys + t * W, f.d * ys, W, f.b, ends ? lanes_of(n) : W, false, false,
-               cold, x + (i * f.c * f.d + j) * xs + (t + columns) * W, 0, f.d * xs, 0};
+               cold, far, x + (i * f.c * f.d + j) * xs + (t + columns) * W, 0, f.d * xs, 0};
     if (cold && !ends && f.b >= FETCH) {
       job.next_rows = f.c;
       job.next_lines = least(COLS, total - t - columns) * W / 16;

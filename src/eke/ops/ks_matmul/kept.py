@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from . import choose, native
 
 _BATCH = 1024
-"""Samples beyond which packing in the call costs too little to keep a copy."""
+"""Samples beyond which packing one factor in the call costs too little to keep a copy."""
 _CHOICES = 256
 _SOURCE = struct.Struct("2q")
 _CHANGED = -1
@@ -225,7 +225,7 @@ def meet(
         batch_last: Layout.
         relu: Whether the kernel clips at zero at the end of a chain.
     """
-    if batch > _BATCH or not native.supports(x) or len(tensors) > native.LONGEST:
+    if (batch > _BATCH and len(tensors) == 1) or not native.supports(x) or len(tensors) > native.LONGEST:
         return
     known = KNOWN.get(key)
     if known is None or not known.fits(tensors):

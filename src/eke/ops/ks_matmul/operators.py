@@ -32,7 +32,7 @@ def _direct(*tensors: Tensor) -> bool:
     """Return whether nobody watches this call: no gradient, no tracing, no mode, no subclass of Tensor."""
     if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
         return False
-    if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None or _forward_mode():
+    if _C._get_tracing_state() is not None or _transformed():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:  # a loop: a generator costs more than what it asks
@@ -44,9 +44,11 @@ def _direct(*tensors: Tensor) -> bool:
     return True
 
 
-def _forward_mode() -> bool:
-    """Return whether derivatives are carried along forwards: the operators have none, torch's own operations do."""
-    return forward_ad._current_level >= 0
+def _transformed() -> bool:
+    """Return whether torch.func or forward derivatives transform this call: torch's own operations know how."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or _C._functorch.peek_interpreter_stack() is not None
 
 
 def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool, keep: bool = False) -> Tensor:
@@ -66,7 +68,7 @@ def matmul(x: Tensor, blocks: Tensor, *, batch_last: bool, keep: bool = False) -
             batch = x.shape[1 if batch_last else 0]
             kept.meet((id(blocks), batch_last), (blocks,), x, batch=batch, batch_last=batch_last)
         return _matmul(x, blocks, batch_last)
-    if not torch.compiler.is_compiling() and _forward_mode():
+    if _transformed():
         return (reference.matmul_batch_last if batch_last else reference.matmul)(x, blocks)
     product: Tensor = torch.ops.eke.ks_matmul(x, blocks, batch_last)
     return product
@@ -91,8 +93,7 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
             kept.meet(kept.chain_key(factors, x.shape[0], relu), factors, x, batch=x.shape[0], relu=relu)
             y = _chain(x, factors, bias, relu)
         return y
-    forward = not torch.compiler.is_compiling() and _forward_mode()
-    if forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if _transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         # The derivative needs what lies between the factors, so there is nothing to gain from one pass.
         for blocks in reversed(factors):
             x = matmul(x, blocks, batch_last=False)

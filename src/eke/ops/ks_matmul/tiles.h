@@ -52,10 +52,13 @@ struct Job {
   bool accumulate, padded;  // padded: w may be read in whole vectors
   // Where memory is far: lines to be written are asked for early, and what the next job will read is fetched meanwhile,
   // as rows of 64-byte lines.
-  bool cold;
+  // far: the outputs are too many for any cache to keep them for their reader.
+  bool cold, far;
   const float* next; i64 next_rows, next_stride, next_lines;
 };
 
+// Floats of a page: rows a multiple of it apart share one set of the first cache, which holds eight of them.
+constexpr i64 PAGE = 1024;
 constexpr i64 FETCH = 16;  // sums of fewer terms are over before a line arrives
 
 template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const float* p, float* y) {
@@ -74,7 +77,8 @@ template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const
 #pragma GCC unroll 4
       for (int v = 0; v < C; v++) acc[r][v] = zero();
   }
-  if (j.cold && j.len >= FETCH)
+  const bool through = j.far && ((uintptr_t)y & 63) == 0 && ys % 16 == 0 && yv % 16 == 0;
+  if (j.cold && !through && j.len >= FETCH)
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -98,6 +102,7 @@ template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const
 #pragma GCC unroll 4
     for (int v = 0; v < C; v++) {
       if (v == C - 1 && j.lanes < W) store(y + r * ys + v * yv, acc[r][v], last);
+      else if (through) store_through(y + r * ys + v * yv, acc[r][v]);
       else store(y + r * ys + v * yv, acc[r][v]);
     }
 }
@@ -111,7 +116,8 @@ template <int M, int C, bool MASKED, int R> INLINE void sized(int rows, const Jo
 
 // All rows of a job, in tiles of nearly equal height.
 template <int M, int C, bool MASKED> void rows(const Job& j) {
-  i64 groups = (j.n + ROWS[C] - 1) / ROWS[C], base = j.n / groups, extra = j.n % groups;
+  const i64 most = ROWS[C] > 6 && j.rs % PAGE == 0 ? 6 : ROWS[C];
+  i64 groups = (j.n + most - 1) / most, base = j.n / groups, extra = j.n % groups;
   const float* p = j.p;
   float* y = j.y;
   for (i64 g = 0; g < groups; g++) {
