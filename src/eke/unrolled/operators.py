@@ -112,6 +112,7 @@ class Dense(Operator):
             batch=len(matrix) if matrix.ndim == 3 else None,
         )
         self.matrix = matrix
+        self._gram: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return A x, (batch, m), for x (batch, n)."""
@@ -128,6 +129,15 @@ class Dense(Operator):
     def select(self, rows: Tensor) -> Operator:
         """Return the operator of some samples of the batch, itself where all share one A."""
         return self if self.batch is None else Dense(self.matrix[rows])
+
+    def gram(self) -> Tensor:
+        """Return A^H A, (n, n) or (batch, n, n); computed once where A needs no gradient."""
+        if self._gram is not None:
+            return self._gram
+        gram = self.matrix.mH @ self.matrix
+        if not gram.requires_grad:
+            self._gram = gram
+        return gram
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Operator:
         """Return the operator of the changed matrix."""

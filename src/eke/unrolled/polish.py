@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import Dense, Operator
+from .operators import Operator
 from .pursuit import ROUNDING, least_squares
 
 _GROUP = 128
@@ -51,11 +51,10 @@ def polish(
         x (batch, n), and which answers explain b down to rounding, (batch,).
     """
     result, found = x.clone(), torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    gram = operator.matrix.mH @ operator.matrix if isinstance(operator, Dense) and operator.batch is None else None
     for rows in torch.split(count.argsort(), _GROUP):
         most = int(1.2 * float(count[rows].max())) + 10
         k = min(most, 3 * operator.shape[0] // 4 or 1, operator.shape[1])
-        group = _Group(operator.select(rows), b[rows], rows, k, gram)
+        group = _Group(operator.select(rows), b[rows], rows, k)
         group.run(result, found, score[rows], correct, rounds)
     return result, found
 
@@ -68,7 +67,6 @@ class _Group:
     b: Tensor
     rows: Tensor
     k: int
-    gram: Tensor | None
 
     def run(
         self,
@@ -84,7 +82,7 @@ class _Group:
         exact = ROUNDING * torch.finfo(self.b.dtype).eps * torch.linalg.vector_norm(self.b, dim=-1)
         for _ in range(rounds):
             support = score.topk(self.k, dim=-1, sorted=False).indices
-            x = least_squares(self.operator, self.b, support, gram=self.gram)
+            x = least_squares(self.operator, self.b, support)
             residual = self.b - self.operator.forward(x)
             left = torch.linalg.vector_norm(residual, dim=-1)
             done = left <= exact

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.support_solve import solve_positive, support_solve
 from .operators import Dense, Operator
 from .solver import Callback, Solution, SparseSolver, State
 
@@ -21,37 +22,26 @@ ROUNDING = 200
 """Residuals of so many units of rounding, relative to b, count as exact."""
 
 
-def least_squares(operator: Operator, b: Tensor, support: Tensor, *, gram: Tensor | None = None) -> Tensor:
+def least_squares(operator: Operator, b: Tensor, support: Tensor) -> Tensor:
     """Return the least squares solution on a support of each sample.
 
     Args:
         operator: A.
         b: (batch, m).
         support: Indices of columns, (batch, k), k <= m, each once a row.
-        gram: A^H A (n, n) if it is at hand and all samples share A.
 
     Returns:
         x (batch, n), zero off the support. Singular systems are regularised at the level of rounding.
     """
-    x = b.new_zeros(len(b), operator.shape[1])
     if not isinstance(operator, Dense):
-        return _masked_conjugate_gradients(operator, b, _mask(x, support))
-    right = operator.adjoint(b).gather(1, support)
+        empty = torch.zeros(len(b), operator.shape[1], dtype=torch.bool, device=b.device)
+        return _masked_conjugate_gradients(operator, b, empty.scatter_(1, support, True))
+    right = operator.adjoint(b)
     if operator.batch is None:
-        whole = operator.matrix.mH @ operator.matrix if gram is None else gram
-        # one flat index a pair of support entries: several times faster than indexing rows and columns
-        pairs = (support * whole.shape[1]).unsqueeze(-1) + support.unsqueeze(-2)
-        system = whole.reshape(-1).take(pairs)
-    else:
-        columns = operator.matrix.gather(2, support.unsqueeze(1).expand(-1, operator.shape[0], -1))
-        system = columns.mH @ columns
-    factor, info = torch.linalg.cholesky_ex(system)
-    if bool(info.any()):
-        eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        scale = system.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None]
-        factor, _ = torch.linalg.cholesky_ex(system + eye * scale * 100 * torch.finfo(system.dtype).eps)
-    solved = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    return x.scatter(1, support, solved)
+        return support_solve(operator.gram(), support, right)
+    columns = operator.matrix.gather(2, support.unsqueeze(1).expand(-1, operator.shape[0], -1))
+    solved = solve_positive(columns.mH @ columns, right.gather(1, support))
+    return torch.zeros_like(right).scatter(1, support, solved)
 
 
 def _mask(like: Tensor, support: Tensor) -> Tensor:
@@ -94,7 +84,6 @@ class HTP(SparseSolver):
     def __init__(self, A: Tensor | Operator, *, sparsity: int, iterations: int = 30, step: float | None = None) -> None:
         super().__init__(A, iterations=iterations)
         self.sparsity = _checked_sparsity(sparsity, self.operator)
-        self._cached: tuple[Tensor, Tensor] | None = None
         if step is not None and not step > 0:
             raise ValueError(f"step must be positive, or None, got {step!r}.")
         self.step_size = step
@@ -111,7 +100,7 @@ class HTP(SparseSolver):
         size = self.step_size or self._unit()
         moved = x + size * operator.adjoint(residual)
         support = moved.abs().topk(self.sparsity, dim=-1, sorted=False).indices
-        x = least_squares(operator, b, support, gram=self._gram())
+        x = least_squares(operator, b, support)
         return x, b, _mask(x, support), b - operator.forward(x)
 
     def change(self, before: State, after: State) -> Tensor:
@@ -124,14 +113,6 @@ class HTP(SparseSolver):
         if isinstance(self.operator, Dense):
             return 1 / float(self.operator.matrix.abs().square().sum(-2).mean())
         return 1 / float(self.operator.norm_squared().max())
-
-    def _gram(self) -> Tensor | None:
-        if not isinstance(self.operator, Dense) or self.operator.batch is not None:
-            return None
-        matrix = self.operator.matrix
-        if self._cached is None or self._cached[0] is not matrix:
-            self._cached = (matrix, matrix.mH @ matrix)
-        return self._cached[1]
 
 
 class OMP(SparseSolver):

@@ -31,7 +31,7 @@ _BETWEEN = 2
 _OWN = 11
 """Entries of a state before those of matrices that differ by sample."""
 _FIRST_DENSITY = 0.15
-_CHUNK = 256
+_CHUNK = 128
 """Samples that go through all steps together: their tensors stay in the cache."""
 
 
@@ -80,6 +80,7 @@ class VAMP(SparseSolver):
         self.density, self.variance, self.noise_variance = density, variance, noise_variance
         self.damping, self.polish = damping, polish
         self._decomposed: tuple[Operator, Tensor, Tensor, Tensor] | None = None
+        self._inverse: tuple[Operator, Tensor] | None = None
 
     def forward(self, b: Tensor, x0: Tensor | None = None) -> Tensor:
         """Return x after all steps.
@@ -150,17 +151,18 @@ class VAMP(SparseSolver):
         _, r, t, density, spread, noise, inner, outside, scale, _, b, *own = state
         values, turned = own[:2] if own else (self.rotated()[0], self.rotated()[2])
         m, n = operator.shape
-        residual = inner - _times(turned, r)
+        residual = _residual(turned, r, inner)
         level = t * values
         if self.noise_variance is None:
-            noise = _fitted_noise(residual.abs().square(), level, noise, outside, m - values.shape[-1])
-        ratio = residual / (noise / t + values)
-        c = (level / (noise + level)).sum(-1, keepdim=True) / n
-        q = torch.addcmul(r, _back(turned, ratio), 1 / c)
+            power = residual.abs().square() if residual.is_complex() else residual.square()
+            noise = _fitted_noise(power, level, noise, outside, m - values.shape[-1])
+        inverse = (noise + level).reciprocal()
+        c = (values.shape[-1] - noise * inverse.sum(-1, keepdim=True)) / n
+        q = _corrected(turned, residual * (inverse * (t / c)), r)
         e = t * (1 - c).clamp_min(1e-7) / c
         x, u, density_new, spread_new = _denoised(q, e, density, spread)
         u = u.clamp(1e-12, 1 - 1e-6)
-        message = torch.addcmul(x, q, -u) / (1 - u) if q.is_complex() else (x - u * q) / (1 - u)
+        message = x * (1 / (1 - u)) - q * (u / (1 - u))
         t_new = (e * u / (1 - u)).clamp_min(torch.finfo(scale.dtype).eps ** 2)
         if self.damping < 1:
             message = torch.lerp(r, message, self.damping)
@@ -187,12 +189,13 @@ class VAMP(SparseSolver):
 
     def _polished(self, operator: Operator, state: State) -> tuple[Tensor, Tensor]:
         """Return x after least squares on likely supports, and which samples are exact."""
-        values, vectors, turned = self.rotated()
         if len(state) > _OWN:
-            values, turned = state[_OWN : _OWN + 2]
-            vectors = state[_OWN + 2]
-        least = 1e-10 * values.amax(-1, keepdim=True)
-        inverse = vectors @ (turned / torch.maximum(values, least).unsqueeze(-1)).to(turned.dtype)
+            values, turned, vectors = state[_OWN:]
+            inverse = _pseudo_inverse(values, vectors, turned)
+        else:
+            if self._inverse is None or self._inverse[0] is not self.operator:
+                self._inverse = (self.operator, _pseudo_inverse(*self.rotated()))
+            inverse = self._inverse[1]
         return polish(
             operator,
             state[10],
@@ -216,9 +219,25 @@ class VAMP(SparseSolver):
         }
 
 
+def _pseudo_inverse(values: Tensor, vectors: Tensor, turned: Tensor) -> Tensor:
+    """Return U (U^H A / l), whose conjugate transpose is A^+; least eigenvalues count as rounding."""
+    floor = torch.maximum(values, 1e-10 * values.amax(-1, keepdim=True))
+    return vectors @ (turned / floor.unsqueeze(-1))
+
+
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
     """Return A x for one matrix or one a sample."""
     return x @ matrix.T if matrix.ndim == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _residual(matrix: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    """Return b - A x for one matrix or one a sample."""
+    return torch.addmm(b, x, matrix.T, alpha=-1) if matrix.ndim == 2 else b - _times(matrix, x)
+
+
+def _corrected(matrix: Tensor, r: Tensor, x: Tensor) -> Tensor:
+    """Return x + A^H r for one matrix or one a sample."""
+    return torch.addmm(x, r, matrix.conj()) if matrix.ndim == 2 else x + _back(matrix, r)
 
 
 def _back(matrix: Tensor, r: Tensor) -> Tensor:
@@ -227,7 +246,7 @@ def _back(matrix: Tensor, r: Tensor) -> Tensor:
 
 
 def _fitted_noise(power: Tensor, level: Tensor, noise: Tensor, outside: Tensor, spare: int) -> Tensor:
-    """Return the noise variance that fits |residual_i|^2 = noise + level_i best, two steps of Fisher scoring.
+    """Return the noise variance that fits |residual_i|^2 = noise + level_i best, by a step of Fisher scoring.
 
     Args:
         power: |residual_i|^2 in the eigenbasis, (batch, k).
@@ -240,14 +259,12 @@ def _fitted_noise(power: Tensor, level: Tensor, noise: Tensor, outside: Tensor, 
         (batch, 1), positive.
     """
     least = (_LEAST_NOISE * level.mean(-1, keepdim=True)).clamp_min(torch.finfo(noise.dtype).eps ** 2)
-    for _ in range(2):
-        weight = (noise + level).reciprocal().square()
-        top = (weight * (power - level)).sum(-1, keepdim=True)
-        bottom = weight.sum(-1, keepdim=True)
-        if spare:
-            top, bottom = top + outside / noise.square(), bottom + spare / noise.square()
-        noise = torch.maximum(top / bottom, least)
-    return noise
+    weight = (noise + level).reciprocal().square()
+    top = (weight * (power - level)).sum(-1, keepdim=True)
+    bottom = weight.sum(-1, keepdim=True)
+    if spare:
+        top, bottom = top + outside / noise.square(), bottom + spare / noise.square()
+    return torch.maximum(top / bottom, least)
 
 
 def _denoised(q: Tensor, e: Tensor, density: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -271,10 +288,11 @@ def _denoised(q: Tensor, e: Tensor, density: Tensor, spread: Tensor) -> tuple[Te
     weighed = p * power
     count = p.sum(-1, keepdim=True)
     energy = weighed.sum(-1, keepdim=True)
-    unsure = (weighed - p * weighed).sum(-1, keepdim=True)
+    # not energy - sum(p weighed): that difference of nearly equal numbers loses the last digits of single precision
+    unsure = torch.addcmul(weighed, p, weighed, value=-1).sum(-1, keepdim=True)
     variance = (a * count + a.square() / e * unsure) / n
     count = count.clamp_min(1e-6 * n)
-    return (a * p) * q, variance, (count / n).clamp_max(0.999), a.square() * energy / count + a * e
+    return p * q * a, variance, (count / n).clamp_max(0.999), a.square() * energy / count + a * e
 
 
 def vamp(
