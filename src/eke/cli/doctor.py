@@ -41,7 +41,7 @@ def examined() -> dict[str, Any]:
     import torch
 
     from ..cost import environment
-    from ..ops import pair_splits
+    from ..ops import pair_splits, support_solve
     from ..ops.ks_matmul import describe
 
     machine = environment().to_json()
@@ -59,6 +59,7 @@ def examined() -> dict[str, Any]:
         "accelerator": machine["accelerator"],
         "native kernels": {"Kronecker-sparse products": describe()},
         "factorization kernel": pair_splits.describe(),
+        "sparse solver kernel": support_solve.describe(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},
