@@ -171,7 +171,7 @@ def test_only_what_can_be_factored_is_offered_ranks(model, world):
     proposed = candidates.form_candidates(
         model, sites, curvature, (UniformGrid(4), LowRank(0.25)), factorable=("conv2", "conv3")
     )
-    assert {form.site.name for form in proposed if form.ranks} == {"conv2", "conv3"}
+    assert {form.site.name for form in proposed if form.factored} == {"conv2", "conv3"}
     assert all(UniformGrid(4) in form.structures for form in proposed)
 
 

@@ -280,7 +280,7 @@ def test_designs_vary_what_changes_a_nets_shape_alone():
     forms = {form.choice: form for form in decisions.forms}
     nets = tables.designs(decisions, count=60, seed=0)
     widths = {w.choice for w in decisions.widths}
-    assert set(nets[0]) == {b.choice for b in decisions.blocks} | widths | {c for c in forms if forms[c].ranks}
+    assert set(nets[0]) == {b.choice for b in decisions.blocks} | widths | {c for c in forms if forms[c].factored}
     assert set(nets[0].values()) == {0}
     for choice, form in forms.items():
         seen = {net[choice] for net in nets}

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ..curvature import Curvature
 from ..linalg import Metric
+from ..patterns import Chain
 from ..sites import Site, Surgery, find
 from ..solvers import remove_columns
-from ..structures import LowRank, Structure
+from ..structures import KroneckerSparse, LowRank, Structure
 from .artifact import Blueprint
 from .blocks import leave_out_
 from .candidates import Decisions
 from .deploy import Pair
-from .factor import factor_, fill_
+from .factor import StandIn, factor_, fill_, fill_chain_, stand_in
 from .lessons import Lessons
 from .solver import Solver, fitting, solved
 from .task import Forward
@@ -95,14 +96,15 @@ def blueprint(decisions: Decisions, picks: Mapping[str, int], layout: Layout) ->
     surgery = decisions.surgery(picks)
     sites = {form.site.name: form.site for form in decisions.forms}
     structures: dict[str, Structure] = {}
-    factored: dict[str, int] = {}
+    factored: dict[str, StandIn] = {}
     for name, structure in decisions.structures(picks).items():
         site = sites[name]
         shape = left_shape(site, surgery)
         fit = fitting(structure, shape)
-        if isinstance(fit, LowRank):
-            factored[site.module_name] = fit.rank_of(shape)
-            if fit.grid is not None:
+        other = stand_in(fit, shape)
+        if other is not None:
+            factored[site.module_name] = other
+            if isinstance(fit, LowRank) and fit.grid is not None:
                 structures |= {f"{name}.0": fit.grid, f"{name}.1": fit.grid}
         elif fit is not None:
             structures[name] = fit
@@ -167,22 +169,30 @@ def draft(
     here = {site.name: site for site in find(net)}
     members: dict[str, Tensor] = {}
     for site in (f.site for f in decisions.forms):
-        rank = form.factored.get(site.module_name)
-        structure = LowRank(rank) if rank is not None else form.structures.get(site.name)
+        other = form.factored.get(site.module_name)
+        structure = form.structures.get(site.name) if other is None else _whole(other)
         if structure is None:
             continue
         matrix = here[site.name].read(net)
         member = _member(structure, matrix, curvature, site, form.surgery, solver)
-        if rank is None:
+        if other is None:
             members[site.name] = member
             continue
-        left, right = LowRank(rank).factors(member)
-        factor_(net, here[site.name], rank)
+        factor_(net, here[site.name], other)
+        if isinstance(other, Chain):
+            fill_chain_(net, site.name, member)
+            continue
+        left, right = LowRank(other).factors(member)
         fill_(net, site.name, left, right)
         for part, factor in ((f"{site.name}.0", right), (f"{site.name}.1", left)):
             if part in form.structures:
                 members[part] = form.structures[part].project(factor.float())
     return Draft(net, form, members)
+
+
+def _whole(form: StandIn) -> Structure:
+    """Return the structure of the matrix that factors stand for."""
+    return KroneckerSparse(form) if isinstance(form, Chain) else LowRank(form)
 
 
 def _member(

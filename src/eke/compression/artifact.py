@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from .._errors import error_line
 from .._version import __version__
+from ..patterns import Chain
 from ..sites import Site, Surgery, find, unwrap
 from ..structures import NM, Both, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
 from .blocks import leave_out_
 from .candidates import BlockKind
 from .checkpoint import read_json, read_tensors, sha256, write_json, write_tensors
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
-from .factor import factor_
+from .factor import StandIn, factor_
 from .original import check_filled, check_module, private_copy
 
 FORMAT = "eke artifact 2"
@@ -48,7 +49,7 @@ class Blueprint:
         memory_format: "contiguous" or "channels_last".
         structures: Structure of each packed matrix by site name, in the reshaped model.
         removed: What the modules became that were left out, by name.
-        factored: Rank of each module that became two, by name.
+        factored: Rank of each module that became two, or chain of each that became `KSLinear`, by name.
     """
 
     surgery: Surgery
@@ -56,7 +57,7 @@ class Blueprint:
     memory_format: str
     structures: Mapping[str, Structure]
     removed: Mapping[str, BlockKind] = field(default_factory=dict)
-    factored: Mapping[str, int] = field(default_factory=dict)
+    factored: Mapping[str, StandIn] = field(default_factory=dict)
 
     def shape_(self, model: nn.Module) -> None:
         """Cut, leave out and factor a model of the original architecture in place.
@@ -77,8 +78,8 @@ class Blueprint:
                 raise ValueError(
                     f"The plan factors {unknown[:4]}, which this model lacks: build the same architecture."
                 )
-            for name, rank in self.factored.items():
-                factor_(model, by_module[name], rank)
+            for name, form in self.factored.items():
+                factor_(model, by_module[name], form)
 
     def finish_(self, model: nn.Module) -> None:
         """Fold and lay out a model after `shape_` in place."""
@@ -92,13 +93,14 @@ class Blueprint:
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
-        """The pairs to fold in the reshaped model: of a factored layer the second factor, none in what was left out."""
+        """The pairs to fold in the reshaped model: of two layers for one the second, none in what was left out."""
 
         def gone(name: str) -> bool:
             return any(name == module or name.startswith(f"{module}.") for module in self.removed)
 
         stay = [pair for pair in self.folded if not gone(pair[0]) and not gone(pair[1])]
-        return tuple((f"{layer}.1" if layer in self.factored else layer, norm) for layer, norm in stay)
+        two = {name for name, form in self.factored.items() if isinstance(form, int)}
+        return tuple((f"{layer}.1" if layer in two else layer, norm) for layer, norm in stay)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -108,7 +110,10 @@ class Blueprint:
             "memory_format": self.memory_format,
             "structures": {name: structure_to_json(s) for name, s in self.structures.items()},
             "removed": dict(self.removed),
-            "factored": dict(self.factored),
+            "factored": {
+                name: form if isinstance(form, int) else [list(pattern) for pattern in form]
+                for name, form in self.factored.items()
+            },
         }
 
     @classmethod
@@ -130,9 +135,10 @@ class Blueprint:
             raise ValueError(f"The plan lacks {sorted(missing)}: it is not a plan of this version of eke.")
         if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in document["folded"]):
             raise ValueError(f"The plan folds {document['folded']!r:.80}, where pairs of names are needed: restore it.")
-        if any(not isinstance(rank, int) for rank in document["factored"].values()):
+        if any(not _is_form(form) for form in document["factored"].values()):
             raise ValueError(
-                f"The plan has the ranks {document['factored']!r:.80}, where whole numbers are needed: restore it."
+                f"The plan has the ranks {document['factored']!r:.80}, where whole numbers are needed or, for chains, "
+                "lists of four: restore it."
             )
         return cls(
             Surgery.from_json(document["surgery"]),
@@ -140,8 +146,18 @@ class Blueprint:
             str(document["memory_format"]),
             {name: structure_from_json(found, outside=structures) for name, found in document["structures"].items()},
             dict(document["removed"]),
-            {str(name): int(rank) for name, rank in document["factored"].items()},
+            {
+                str(name): form if isinstance(form, int) else Chain([tuple(pattern) for pattern in form])
+                for name, form in document["factored"].items()
+            },
         )
+
+
+def _is_form(form: object) -> bool:
+    """Return whether a plain value is a rank or a chain."""
+    if not isinstance(form, list):
+        return isinstance(form, int)
+    return bool(form) and all(isinstance(p, list) and len(p) == 4 and all(isinstance(n, int) for n in p) for p in form)
 
 
 def structure_to_json(structure: Structure) -> dict[str, Any]:

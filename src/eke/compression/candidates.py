@@ -21,7 +21,8 @@ from ..curvature import Curvature
 from ..linalg import MANY, Metric
 from ..sites import ChannelGroup, Site, Surgery
 from ..solvers import Consumer, greedy_removal, remove_columns
-from ..structures import NM, Both, LowRank, Structure, UniformGrid, Unstructured
+from ..structures import NM, Both, KroneckerSparse, LowRank, Structure, UniformGrid, Unstructured
+from .factor import stand_in
 from .solver import Solver, fitting, metric_of, quick, solved
 
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
@@ -88,9 +89,9 @@ class Forms:
         return f"matrix:{self.site.name}"
 
     @property
-    def ranks(self) -> bool:
-        """Whether a candidate replaces the matrix by two factors."""
-        return any(isinstance(structure, LowRank) for structure in self.structures)
+    def factored(self) -> tuple[int, ...]:
+        """Candidates that replace the layer by factors."""
+        return tuple(i for i, s in enumerate(self.structures) if stand_in(s, self.site.shape) is not None)
 
 
 BlockKind = Literal["identity", "zero", "identity and none", "zero and none"]
@@ -339,7 +340,7 @@ def form_candidates(
         curvature: Estimated at the visible ones.
         structures: Structures to consider.
         solver: Finds a member.
-        factorable: Names of the sites that may become two factors.
+        factorable: Names of the sites that may become factors.
 
     Returns:
         Candidates, one entry a matrix.
@@ -362,12 +363,13 @@ def form_candidates(
 
 
 def offered(site: Site, structures: Sequence[Structure], factorable: Sequence[str]) -> list[Structure]:
-    """Return the structures that save bytes at a site, from most to fewest stored bits; two factors only where they
-    can stand in for the module.
+    """Return the structures that save bytes at a site, from most to fewest stored bits; factors only where they can
+    stand in for the module.
     """  # noqa: D205
     plain = 32 * site.shape[0] * site.shape[1]
     found = [s for s in structures if fitting(s, site.shape) is not None and s.bits(site.shape) < plain]
-    found = [s for s in found if not isinstance(s, LowRank) or site.name in factorable]
+    found = [s for s in found if stand_in(s, site.shape) is None or site.name in factorable]
+    found = [s for s in found if not isinstance(s, KroneckerSparse) or site.kind == "linear"]
     return sorted(found, key=lambda s: -s.bits(site.shape))
 
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from ..nn import KSLinear
 from .task import evaluating
 
 Pair = tuple[str, str]
 """Names of a layer and of the batch normalisation that follows it."""
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_WITH_FACTORS = (*_LAYERS, KSLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -60,7 +62,7 @@ def fold_batchnorm_(model: nn.Module, pairs: Sequence[Pair]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for layer_name, norm_name in pairs:
         layer, norm = modules.get(layer_name), modules.get(norm_name)
-        if not isinstance(layer, _LAYERS) or not isinstance(norm, _NORMS):
+        if not isinstance(layer, _WITH_FACTORS) or not isinstance(norm, _NORMS):
             raise ValueError(
                 f"Cannot fold {norm_name!r} ({type(norm).__name__}) into {layer_name!r} ({type(layer).__name__}): "
                 "build the architecture that was compressed."
@@ -76,8 +78,12 @@ def fold_batchnorm_(model: nn.Module, pairs: Sequence[Pair]) -> None:
         if norm.bias is not None:
             shift = shift + norm.bias.double()
         with torch.no_grad():
-            weight = layer.weight
-            layer.weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
+            if isinstance(layer, KSLinear):
+                weight, (a, b, _, d) = layer.factors[0], layer.factors[0].shape
+                rows = scale.view(a, b, 1, d)
+            else:
+                weight, rows = layer.weight, scale.view(-1, *[1] * (layer.weight.ndim - 1))
+            weight.copy_(weight.double() * rows)
             layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         parent, _, attribute = norm_name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.Identity().train(norm.training))

@@ -1,8 +1,9 @@
-"""A matrix as two factors: one layer becomes two thin ones.
+"""A matrix as factors: one layer becomes two thin ones, or one with Kronecker-sparse factors.
 
 y = W x + b with W = L R becomes the layer R without bias, then the layer L with bias b. A convolution keeps kernel,
-stride, padding and dilation in the first and gets a 1x1 (1, 1x1x1) convolution as the second. That a model accepts the
-pair in place of its layer (and does not, say, read the layer's weight itself) is seen by running it with full rank.
+stride, padding and dilation in the first and gets a 1x1 (1, 1x1x1) convolution as the second. A chain makes a linear
+layer an `nn.KSLinear`. That a model accepts others in place of its layer (and does not, say, read the layer's weight
+itself) is seen by running it with two factors of full rank.
 """
 
 from __future__ import annotations
@@ -15,24 +16,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..nn import KSLinear
+from ..patterns import Chain
 from ..sites import Site, find
+from ..structures import KroneckerSparse, LowRank, Structure
 from .task import evaluating
+
+StandIn = int | Chain
+"""What takes a layer's place: two layers with so many channels between them, or one with these factors."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def factor_(model: nn.Module, site: Site, rank: int) -> None:
-    """Replace a site's module by `nn.Sequential(first, second)` of a rank, in place; values are not set.
+def stand_in(structure: Structure | None, shape: tuple[int, int]) -> StandIn | None:
+    """Return what takes the place of a layer whose matrix (m, n) gets a structure; None if the layer stays."""
+    if isinstance(structure, LowRank):
+        return structure.rank_of(shape)
+    return structure.chain if isinstance(structure, KroneckerSparse) else None
+
+
+def factor_(model: nn.Module, site: Site, form: StandIn) -> None:
+    """Replace a site's module by `nn.Sequential(first, second)` or `KSLinear`, in place; values are not set.
 
     Args:
         model: The model that has the site.
-        site: A linear layer or a convolution without groups.
-        rank: Channels between the two.
+        site: A linear layer or, for a rank, a convolution without groups.
+        form: Channels between the two, or the factors of one.
 
     Raises:
         ValueError: if the module is of another kind.
     """
-    old = site.module(model)
+    if isinstance(form, Chain):
+        _chain_(model, site, form)
+        return
+    old, rank = site.module(model), form
     weight = site.tensor(model)
     like = {"device": weight.device, "dtype": weight.dtype}
     biased = getattr(old, "bias", None) is not None
@@ -60,6 +77,42 @@ def factor_(model: nn.Module, site: Site, rank: int) -> None:
         second.bias = old.bias
     parent, _, attribute = site.module_name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, pair)
+
+
+def _chain_(model: nn.Module, site: Site, chain: Chain) -> None:
+    """Replace a linear layer by one with Kronecker-sparse factors, in place; the bias stays.
+
+    Raises:
+        ValueError: if the module is no linear layer, or the chain is of another size.
+    """
+    old, weight = site.module(model), site.tensor(model)
+    if site.kind != "linear" or chain.shape != site.shape:
+        raise ValueError(
+            f"Cannot make {site.name!r} ({site.kind}, {site.shape}) the chain {chain} of shape {chain.shape}: it takes "
+            "the place of linear layers of its own size; leave it out with skip=."
+        )
+    rows, columns = site.shape
+    with torch.random.fork_rng(devices=[weight.device.index] if weight.is_cuda else []):
+        new = KSLinear(columns, rows, chain=chain, bias=False, device=weight.device, dtype=weight.dtype)
+    new.bias = getattr(old, "bias", None)
+    new.train(old.training).factors.requires_grad_(weight.requires_grad)
+    parent, _, attribute = site.module_name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+
+
+def fill_chain_(model: nn.Module, name: str, member: Tensor) -> None:
+    """Write the factors of a member of its chain into the layer that stands for a matrix, in place.
+
+    Args:
+        model: After `factor_`.
+        name: Of the factored module.
+        member: (m, n).
+    """
+    layer = model.get_submodule(name)
+    assert isinstance(layer, KSLinear)
+    with torch.no_grad():
+        for parameter, blocks in zip(layer.factors, KroneckerSparse(layer.chain).encode(member).values()):
+            parameter.copy_(blocks)
 
 
 def fill_(model: nn.Module, name: str, left: Tensor, right: Tensor) -> None:

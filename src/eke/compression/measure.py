@@ -356,7 +356,7 @@ def timing(
     """
     counter = Counter.of(decisions)
     count = 2 + 2 * max((len(w.kept) for w in decisions.widths), default=2)
-    count += 8 if any(form.ranks for form in decisions.forms) else 0
+    count += 8 if any(form.factored for form in decisions.forms) else 0
     # A slow net's clocks need no repetition, and fewer nets must do: some ten times the budget is spent on it.
     slow = original > 0.02 * seconds
     if slow:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature
-from ..linalg import WIDE, Metric
+from ..linalg import WIDE, Metric, factorize
 from ..sites import Site
 from ..solvers import admm, reconstruct, sweep, swept, weighted_factors
-from ..structures import LowRank, Structure, Supported, Sweepable
+from ..structures import KroneckerSparse, LowRank, Structure, Supported, Sweepable
 
 Solver = Callable[[Structure, Tensor, Metric], Tensor]
 """`solver(structure, weight, metric)`: a member of the structure (m, n) near the weight in the metric."""
@@ -39,7 +39,7 @@ _STEPS, _PENALTIES = 10, (0.15, 0.8)
 
 def quick(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
     """Return a good member in one step, the default where recovery follows: a sweep for supports, the closed form for
-    ranks, the projection weighted by the metric's diagonal for all else.
+    ranks, the whitened projection for chains of factors, that weighted by the metric's diagonal for all else.
 
     Sweeps of matrices above `WIDE` rows or columns are compared with projection on some rows only.
     """  # noqa: D205
@@ -48,6 +48,8 @@ def quick(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
         if structure.grid is not None:
             left, right = (structure.grid.project(factor.float()).double() for factor in (left, right))
         return (left @ right).to(torch.promote_types(weight.dtype, torch.float32))
+    if isinstance(structure, KroneckerSparse):
+        return _factors(structure, weight, metric, refine=0)
     if isinstance(structure, Supported) and isinstance(structure, Sweepable):
         if max(weight.shape) > WIDE:
             return swept(structure, weight, metric).to(torch.promote_types(weight.dtype, torch.float32))
@@ -61,6 +63,8 @@ def careful(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
     """  # noqa: D205
     if isinstance(structure, LowRank):
         return quick(structure, weight, metric)
+    if isinstance(structure, KroneckerSparse):
+        return _factors(structure, weight, metric, refine=2)
     return admm(structure, weight, metric, steps=_STEPS, rho=_PENALTIES).to(
         torch.promote_types(weight.dtype, torch.float32)
     )
@@ -68,7 +72,15 @@ def careful(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
 
 def finest(structure: Structure, weight: Tensor, metric: Metric) -> Tensor:
     """Return the best member that is found with patience: what stays where nothing is learned."""
+    if isinstance(structure, KroneckerSparse):
+        return _factors(structure, weight, metric, refine=8)
     return reconstruct(structure, weight, metric).weight
+
+
+def _factors(structure: KroneckerSparse, weight: Tensor, metric: Metric, *, refine: int) -> Tensor:
+    """Return a product of factors near the weight in the metric, after some sweeps."""
+    found = factorize(weight.double(), structure.chain, metric=metric, refine=refine).to_dense()
+    return found.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def default_solver(sites: Sequence[Site], *, learns: bool) -> Solver:

@@ -281,9 +281,9 @@ def _memory_terms(job: Job, decisions: Decisions, layout: Layout) -> list[Term]:
 def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:
     if fit is None:
         return []
-    by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored")]
+    by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored", "chains")]
     curves = {name: (factor, exponent) for name, (factor, exponent) in fit["curves"].items()}
-    timing = Timing(by_module[0], by_module[1], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
+    timing = Timing(by_module[0], by_module[1], by_module[2], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
     return timing.terms(dimensions, counter)
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from ..patterns import Chain
 from ..sites import find
-from ..structures import LowRank
+from ..structures import KroneckerSparse, LowRank, Structure
 from .artifact import stored_bits
 from .candidates import Block, Decisions, Forms, Widths
 from .deploy import Pair
+from .factor import stand_in
 from .graph import Table
 from .plan import Choice, Term
 from .solver import fitting
@@ -168,7 +170,7 @@ class Counter:
         rows = self.full(self.stay(dimensions[row], over), over) * (site.shape[0] / dimensions[row].size)
         columns = self.product([d for i, d in enumerate(dimensions) if i != row], over)
         columns = columns * (site.shape[1] / math.prod(d.size for i, d in enumerate(dimensions) if i != row))
-        entries, stored, ranks = (np.zeros((*rows.shape, len(form.structures))) for _ in range(3))
+        entries, stored, ranks, chains = (np.zeros((*rows.shape, len(form.structures))) for _ in range(4))
         for index in itertools.product(*map(range, rows.shape)):
             shape = (round(float(rows[index])), round(float(columns[index])))
             for option, wanted in enumerate(form.structures):
@@ -176,10 +178,12 @@ class Counter:
                 place = (*index, option)
                 entries[place] = shape[0] * shape[1]
                 stored[place] = stored_bits(structure, shape) / 8
-                if isinstance(structure, LowRank):
-                    ranks[place] = structure.rank_of(shape)
-                    entries[place] = ranks[place] * (shape[0] + shape[1])
-        return Matrix(over, rows, columns, entries, stored, ranks)
+                other = stand_in(structure, shape)
+                if isinstance(other, Chain):
+                    chains[place], entries[place] = 1, other.parameters
+                elif other is not None:
+                    ranks[place], entries[place] = other, other * (shape[0] + shape[1])
+        return Matrix(over, rows, columns, entries, stored, ranks, chains)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class Matrix:
         entries: Parameters, and multiply-adds a location.
         stored: Bytes in the file.
         ranks: Rank of two factors, 0 for one matrix.
+        chains: 1 where Kronecker-sparse factors stand for the matrix, else 0.
     """
 
     over: tuple[str, ...]
@@ -201,6 +206,7 @@ class Matrix:
     entries: Table
     stored: Table
     ranks: Table
+    chains: Table
 
 
 def loss_terms(decisions: Decisions) -> list[Term]:
@@ -228,7 +234,7 @@ def parameter_terms(model: nn.Module, dimensions: Shapes, counter: Counter) -> l
     terms = []
     for name, _ in model.named_parameters():
         module, form = name.rpartition(".")[0], counter.forms.get(name)
-        if form is not None and form.ranks:
+        if form is not None and form.factored:
             matrix = counter.matrix(form, dimensions[name])
             terms.append(counter.term("parameters", module, matrix.over, by_option(matrix.entries), form))
         else:
@@ -257,7 +263,7 @@ def mac_terms(macs: Mapping[str, float], dimensions: Shapes, counter: Counter) -
             sum(math.prod(d.size for d in w) for w in weights),
             counter.forms.get(f"{module}.weight".lstrip(".")),
         )
-        if form is not None and form.ranks:
+        if form is not None and form.factored:
             matrix = counter.matrix(form, weights[0])
             terms.append(counter.term("macs", module, matrix.over, by_option(count * matrix.entries / size), form))
         else:
@@ -287,10 +293,7 @@ def size_terms(model: nn.Module, dimensions: Shapes, counter: Counter, *, folded
         form = counter.forms.get(name)
         if form is not None:
             matrix = counter.matrix(form, dimensions[name])
-            tables = [
-                table + HEADER_BYTES * (1 + (s is not None) + 2 * isinstance(s, LowRank))
-                for s, table in zip(form.structures, by_option(matrix.stored))
-            ]
+            tables = [table + HEADER_BYTES * _tensors(s) for s, table in zip(form.structures, by_option(matrix.stored))]
             terms.append(counter.term("size", module, matrix.over, tables, form))
             continue
         over = counter.over(dimensions[name])
@@ -301,6 +304,13 @@ def size_terms(model: nn.Module, dimensions: Shapes, counter: Counter, *, folded
         stays = 4 * counter.product(dimensions[source], over) + HEADER_BYTES
         terms.append(counter.term("size", bias.rpartition(".")[0], over, [stays], None))
     return [*terms, Term((), "size", np.asarray(100.0))]
+
+
+def _tensors(structure: Structure | None) -> int:
+    """Return how many tensors a matrix is stored as, about."""
+    if isinstance(structure, KroneckerSparse):
+        return len(structure.chain)
+    return 1 + (structure is not None) + 2 * isinstance(structure, LowRank)
 
 
 def share_terms(
@@ -341,8 +351,8 @@ def designs(decisions: Decisions, *, count: int, seed: int, widths_only: bool = 
     others: dict[str, list[int]] = {}
     if not widths_only:
         for form in decisions.forms:
-            ranks = [i for i, s in enumerate(form.structures) if isinstance(s, LowRank)]
-            others |= {form.choice: [*[0] * len(ranks), *ranks]} if ranks else {}
+            found = form.factored
+            others |= {form.choice: [*[0] * len(found), *found]} if found else {}
         # A block that is left out says nothing about the modules in it: mostly it stays.
         others |= {block.choice: [0, 0, 0, 1] for block in decisions.blocks}
     uncut = dict.fromkeys([*options, *others], 0)

@@ -11,9 +11,10 @@ from torch import nn
 
 from .. import cost
 from .._types import Counts, Quality, Samples
+from ..patterns import Chain
 from ..report import Calibrated, PlanLine, Speedup, Split
 from ..sites import find
-from ..structures import NM, Both, LowRank, Rows, Structure, UniformGrid, Unstructured
+from ..structures import NM, Both, KroneckerSparse, LowRank, Rows, Structure, UniformGrid, Unstructured
 from . import apply, measure
 from .artifact import Blueprint, stored_bits
 from .calibrate import Calibration, Meter
@@ -212,7 +213,10 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
         name = form.site.module_name
         shape = after.get(form.site.name)
         parts = [name]
-        if name in factored:
+        other = factored.get(name)
+        if isinstance(other, Chain):
+            shape = other.shape
+        elif other is not None:
             parts = [f"{name}.0", f"{name}.1"]
             shape = (after[parts[1]][0], after[parts[0]][1])
         assert shape is not None
@@ -277,6 +281,9 @@ def described(structure: Structure | None, shape: tuple[int, int]) -> str:
     if isinstance(structure, LowRank):
         factors = described(structure.grid, shape)
         return f"rank {structure.rank_of(shape)}, {factors}"
+    if isinstance(structure, KroneckerSparse):
+        share = structure.chain.parameters / (shape[0] * shape[1])
+        return f"{len(structure.chain)} Kronecker-sparse factors, {100 * share:.3g} % of the entries"
     if isinstance(structure, NM):
         return f"{structure.n} of {structure.m}"
     if isinstance(structure, Unstructured | Rows):

@@ -132,11 +132,11 @@ def _swapped(
     linear: nn.Linear,
     chain: Chain | ChainName,
     *,
-    rank: int | None,
-    blocks: int | None,
     project: bool,
-    metric: Metric | None,
-    refine: int,
+    rank: int | None = None,
+    blocks: int | None = None,
+    metric: Metric | None = None,
+    refine: int = 0,
 ) -> tuple[KSLinear, SwappedLayer]:
     """Return one layer's successor and report.
 
@@ -144,9 +144,9 @@ def _swapped(
         name: Of the layer.
         linear: The layer.
         chain: Its factors, or their kind.
+        project: Whether to keep the weight's values.
         rank: For a named chain.
         blocks: For "monarch".
-        project: Whether to keep the weight's values.
         metric: To measure changes in.
         refine: Sweeps.
 
