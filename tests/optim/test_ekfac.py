@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from eke.curvature import Rows
 from eke.optim import EKFAC
 from eke.optim.basis import refreshed
-from eke.optim.rows import Rows
 
 PLAIN = {"momentum": 0.0, "weight_decay": 0.0, "kl_clip": None, "statistics_decay": 0.0, "basis_every": 1}
 

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from .basis import Basis
+from .capture import Calls, Capture
 from .curvature import Curvature
+from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
+from .examples import Rows, Sharing, rows_of
 from .factors import Factors
+from .likelihood import Likelihood, pulls
 from .recorder import Call, Recorder
 from .sampled import sampled_loss
 
-__all__ = ["Basis", "Call", "Curvature", "Factors", "Recorder", "sampled_loss"]
+__all__ = [
+    "Basis",
+    "Call",
+    "Calls",
+    "Capture",
+    "Curvature",
+    "Diagonal",
+    "Factors",
+    "Fisher",
+    "Likelihood",
+    "Recorder",
+    "Rows",
+    "Sharing",
+    "gauss_newton_diagonal",
+    "pulls",
+    "rows_of",
+    "sampled_loss",
+]

@@ -8,7 +8,7 @@ kept, so it takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -59,10 +59,12 @@ class Recorder:
         self._calls: dict[str, list[_Place]] = {}
         self._samples: int | None = None
         self._copied: set[str] = set()
+        self._answer: Tensor | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
         self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(self._keep_answer))
         for name in self._names:
             module = self._model.get_submodule(name)
             self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
@@ -74,7 +76,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._calls = {}
+        self._calls, self._answer = {}, None
 
     def run(self, loss: Loss, batch: Batch, index: int) -> tuple[dict[str, list[Call]], int]:
         """Run one batch forward and backward.
@@ -89,7 +91,46 @@ class Recorder:
 
         Raises:
             ValueError: if the loss is no finite scalar, or depends on no recorded module.
+        """  # noqa: DOC502
+        value, places = self._checked(loss, batch, index)
+        found = self._pulled(places, torch.autograd.grad(value, [p.edge for _, p in places], allow_unused=True))
+        samples = self._samples if self._samples is not None else places[0][1].x.shape[0]
+        self._calls = {}
+        return found, samples
+
+    def run_columns(
+        self, loss: Loss, batch: Batch, index: int, columns: Callable[[Tensor, Tensor], Iterable[Tensor]]
+    ) -> Iterator[dict[str, list[Call]]]:
+        """Run one batch forward, and backward from the model's output with other gradients than the loss's.
+
+        Args:
+            loss: Mean loss of a batch.
+            batch: The batch.
+            index: Its number, for messages.
+            columns: From the loss and the model's output (both in the graph) to gradients at that output.
+
+        Yields:
+            The calls by module name for each column; their gradients are those of <column, output>.
+
+        Raises:
+            ValueError: if the loss is no finite scalar, depends on no recorded module, or the model's output is not one
+                tensor.
         """
+        value, places = self._checked(loss, batch, index)
+        answer = self._answer
+        if answer is None:
+            raise ValueError(
+                "The model's output must be a tensor, or hold one tensor called logits, to take second derivatives of "
+                'the loss there; use fisher="empirical".'
+            )
+        for column in columns(value, answer):
+            gradients = torch.autograd.grad(
+                answer, [place.edge for _, place in places], column, retain_graph=True, allow_unused=True
+            )
+            yield self._pulled(places, gradients)
+        self._calls, self._answer = {}, None
+
+    def _checked(self, loss: Loss, batch: Batch, index: int) -> tuple[Tensor, list[tuple[str, _Place]]]:
         value = self._forward(loss, batch)
         if self._overwritten():
             value = self._forward(loss, batch)
@@ -105,14 +146,18 @@ class Recorder:
                 f"The loss of batch {index} does not depend on the output of any of {list(self._names)} in a "
                 "differentiable way; call the model inside loss, without no_grad or detach."
             )
-        gradients = torch.autograd.grad(value, [place.edge for _, place in places], allow_unused=True)
+        return value, places
+
+    def _pulled(self, places: list[tuple[str, _Place]], gradients: Sequence[Tensor | None]) -> dict[str, list[Call]]:
         found: dict[str, list[Call]] = {}
         for (name, place), gradient in zip(places, gradients):
             here = torch.zeros_like(place.output, device=place.device) if gradient is None else gradient
             found.setdefault(name, []).append(Call(place.x, here, place.output if self._outputs else None))
-        samples = self._samples if self._samples is not None else places[0][1].x.shape[0]
-        self._calls = {}
-        return found, samples
+        return found
+
+    def _keep_answer(self, _module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+        held = getattr(output, "logits", output)
+        self._answer = held if isinstance(held, Tensor) else None
 
     def _forward(self, loss: Loss, batch: Batch) -> Tensor:
         self._calls, self._samples = {}, None

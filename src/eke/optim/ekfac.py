@@ -31,14 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
+from ..curvature import Capture, Fisher, Likelihood, Rows, Sharing, pulls, rows_of
 from .basis import Refresh, refreshed, turn
-from .capture import Capture
-from .fisher import Likelihood, pulls
 from .layers import Layer, find_layers
-from .rows import Rows, Sharing, rows_of
 
 Variant = Literal["ekfac", "ekfac_ra", "kfac"]
-Fisher = Literal["empirical", "mc", "exact"]
 _SAME = 1e-4
 """Relative difference up to which a gradient counts as the sum of the rows seen."""
 
