@@ -291,6 +291,8 @@ def _ascends(left: KSPattern, right: KSPattern, names: str, transposed: bool = F
         names: The pair as the message calls it.
         transposed: Whether the two are transposes, so that indices and b, c change places in the message.
     """
+    if not (right.a % left.a or left.d % right.d or left.a * left.c % right.a or right.b * right.d % left.d):
+        return ""
     one, two, b, c = ("2", "1", "c", "b") if transposed else ("1", "2", "b", "c")
     shown = f"{right.transpose} {left.transpose}" if transposed else f"{left} {right}"
     if right.a % left.a:
@@ -299,9 +301,7 @@ def _ascends(left: KSPattern, right: KSPattern, names: str, transposed: bool = F
         return f"{names}, {shown}, need d{two} | d{one}, but {right.d} does not divide {left.d}"
     if left.a * left.c % right.a:
         return f"{names}, {shown}, need a{two} | a{one}*{c}{one}, but {right.a} does not divide {left.a * left.c}"
-    if right.b * right.d % left.d:
-        return f"{names}, {shown}, need d{one} | {b}{two}*d{two}, but {left.d} does not divide {right.b * right.d}"
-    return ""
+    return f"{names}, {shown}, need d{one} | {b}{two}*d{two}, but {left.d} does not divide {right.b * right.d}"
 
 
 def four(entries: Sequence[int]) -> tuple[int, int, int, int]:
