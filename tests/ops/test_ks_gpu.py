@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 INTERPRETED = """
 import torch
@@ -48,46 +51,44 @@ def test_interpreted_kernels_agree_with_the_reference():
     assert done.stdout.startswith("worst")
 
 
-def compiled(kernel, kind, architecture, tmp_path):
-    """Registers, stack and shared bytes of a kernel compiled ahead of time."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.fixture(scope="module")
+def benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("kernels_gpu")
 
-    from eke.ops.ks_matmul import gpu
 
-    values = {
-        "ROWS": gpu.ROWS, "COLUMNS": gpu.COLUMNS, "DEPTH": 16 if kind == "fp32" else 32,
-        "PRECISION": "ieee",
-    }  # fmt: skip
-    pointers = [name for name in kernel.arg_names if name in {"x", "w", "y", "g"}]
-    signature = {
-        name: "constexpr" if name in values else f"*{kind}" if name in pointers else "i32" for name in kernel.arg_names
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": gpu.WARPS})
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return {**usage, "SHARED": built.metadata.shared}
+def check(row):
+    assert row["ok"], row["why"]
+    assert row["spilled_bytes"] == 0
+    assert row["shared_bytes"] <= 64 * 1024
+    if row["target"].startswith("sm_"):
+        # Two programs fit the registers of a multiprocessor.
+        assert 2 * 32 * 4 * row["registers"] <= 65536
+    else:
+        # Two waves a SIMD of 512 registers each.
+        assert row["registers"] <= 256
+    assert bool(row["instructions"]) == (row["precision"] != "ieee" or row["target"] == "gfx942")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("kind", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["product_kernel", "gradient_kernel"])
-def test_compiled_kernels_do_not_spill(name, kind, architecture, tmp_path):
-    from eke.ops.ks_matmul import gpu
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("case", [("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee"), ("bfloat16", "ieee")])
+@pytest.mark.parametrize("name", ["product", "gradient"])
+def test_compiled_kernels_do_not_spill(benchmark, name, case, target, layout):
+    check(benchmark.compiled(name, target, case, layout))
 
-    usage = compiled(getattr(gpu, name), kind, architecture, tmp_path)
-    assert usage["LOCAL"] == 0
-    assert usage["STACK"] == 0
-    # Two programs fit the registers of a multiprocessor.
-    assert 2 * 32 * gpu.WARPS * usage["REG"] <= 65536
-    assert usage["SHARED"] <= 100 * 1024
+
+def test_the_committed_table_is_whole():
+    document = json.loads((ROOT / "benchmarks" / "results" / "kernels_gpu.json").read_text())
+    assert document["smoke"] is False
+    assert document["goals"]["spilled_bytes"] == 0
+    for row in document["rows"]:
+        check(row)
+    found = {(r["kernel"], r["target"], r["dtype"], r["precision"], r["layout"]) for r in document["rows"]}
+    assert len(found) == len(document["rows"]) == 2 * 4 * 4 * 2
+
+
+def test_one_kernel_compiles_and_does_not_spill(benchmark):
+    check(benchmark.compiled("product", "sm_80", ("float16", "ieee"), "first"))

@@ -104,7 +104,10 @@ def chain(x: Tensor, factors: list[Tensor], bias: Tensor | None, *, relu: bool) 
 
 
 def _on_gpu(x: Tensor) -> bool:
-    """Return whether the Triton kernels take this input; torch brings Triton where it supports the GPU."""
+    """Return whether the Triton kernels take this input; torch brings Triton where it supports the GPU.
+
+    bfloat16 compiles, but Triton's interpreter cannot multiply it, so nothing here has checked its results.
+    """
     return x.is_cuda and x.dtype in {torch.float32, torch.float16} and find_spec("triton") is not None
 
 
