@@ -132,6 +132,34 @@ class _Reached:
     output: bool
 
 
+class _Union:
+    """Channels that are known to be one unit."""
+
+    def __init__(self) -> None:
+        self.parent: dict[int, int] = {}
+
+    def top(self, i: int) -> int:
+        parent = self.parent
+        while parent.setdefault(i, i) != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def unite(self, i: int, j: int) -> None:
+        self.parent[self.top(i)] = self.top(j)
+
+    def arrive(self, pairs: Iterable[Pair], known: dict[int, int]) -> list[Pair]:
+        """Return the pairs whose index is new; note them, and unite the others with what was there before."""
+        fresh = []
+        for index, origin in pairs:
+            if index not in known:
+                known[index] = origin
+                fresh.append((index, origin))
+            elif known[index] != origin:
+                self.unite(origin, known[index])
+        return fresh
+
+
 class _Graph:
     """Torch-Pruning's graph and the walk over it."""
 
@@ -171,22 +199,25 @@ class _Graph:
         return cls(graph, model)
 
     def follow(self, root: nn.Module, channels: Sequence[int]) -> _Reached:
-        """Return everything that depends on output channels of a layer."""
+        """Return everything that depends on output channels of a layer.
+
+        Where a channel arrives at an index that another has reached before, the two are one from there on, so that
+        every index of every node is left once.
+        """
         from torch_pruning._helpers import _HybridIndex
 
         start = self.graph.get_pruner_of_module(root).prune_out_channels
-        seen: dict[tuple[int, str], set[Pair]] = defaultdict(set)
+        seen: dict[tuple[int, str], dict[int, int]] = defaultdict(dict)
+        same = _Union()
         reached: dict[Key, list[Pair]] = defaultdict(list)
         reasons: dict[str, str] = {}
         output, steps = False, 0
         todo = [(self.nodes[root], start, [(i, i) for i in channels])]
         while todo:
             node, function, pairs = todo.pop()
-            known = seen[id(node), _function_name(function)]
-            fresh = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+            fresh = same.arrive(pairs, seen[id(node), _function_name(function)])
             if not fresh:
                 continue
-            known.update(fresh)
             steps += len(fresh)
             if steps > _MAX_STEPS_PER_CHANNEL * max(64, len(channels)):
                 reasons[self.names[id(root)]] = _OPEN
@@ -205,7 +236,8 @@ class _Graph:
                         todo.clear()
                         break
                     todo.append((dependency.target, dependency.handler, [(i.idx, i.root_idx) for i in indices]))
-        return _Reached(dict(reached), reasons, output)
+        united = {key: [(index, same.top(origin)) for index, origin in pairs] for key, pairs in reached.items()}
+        return _Reached(united, reasons, output)
 
     def _whole_groups(self, node: Any, function: Any, pairs: Sequence[Pair]) -> list[tuple[Any, Any, list[Pair]]]:
         """Return what goes with channels of a convolution in groups: all inputs and outputs of their groups."""
@@ -278,23 +310,16 @@ Unit = dict[Key, list[int]]
 
 def _units(pairs: Mapping[Key, list[Pair]], axes: Mapping[Key, Axes]) -> list[Unit]:
     """Return the channels of the root, joined where they reach a common index (or one block of a GroupNorm)."""
-    parent: dict[int, int] = {}
-
-    def top(i: int) -> int:
-        while parent.setdefault(i, i) != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+    same = _Union()
     for key, reached in pairs.items():
         owner: dict[int, int] = {}
         for index, origin in reached:
             block = index // axes[key].block
-            parent[top(origin)] = top(owner.setdefault(block, origin))
+            same.unite(origin, owner.setdefault(block, origin))
     units: dict[int, dict[Key, set[int]]] = defaultdict(lambda: defaultdict(set))
     for key, reached in pairs.items():
         for index, origin in reached:
-            units[top(origin)][key].add(index)
+            units[same.top(origin)][key].add(index)
     ordered = [{key: sorted(indices) for key, indices in unit.items()} for unit in units.values()]
     first = next(iter(pairs))
     return sorted(ordered, key=lambda unit: unit.get(first, [1 << 40])[0])
