@@ -9,7 +9,8 @@ Gate: lasso solvers are compared by their optimality conditions, exact ones by t
 Method: rivals interleaved round by round, time of the thread (other work does not stop its clock, but slows it down),
 lower quartiles. Rivals that are not installed are left out and named. Slow rivals solve the first 20 problems.
 
-    python benchmarks/sparse_solvers.py [--rounds 9] [--rivals FOLDER] [--json benchmarks/results/sparse_solvers.json]
+    python benchmarks/sparse_solvers.py [--rounds 9] [--rivals FOLDER] [--parts steps times conditions]
+        [--json benchmarks/results/sparse_solvers.json]
 """
 
 from __future__ import annotations
@@ -248,15 +249,14 @@ def conditions(batch: int) -> list[dict[str, object]]:
             "HTP": part(unrolled.htp(problem.A, problem.b[:some], sparsity=nonzeros).x),
             "OMP": part(unrolled.omp(problem.A, problem.b[:some], sparsity=nonzeros).x),
         }
+        lasso = {"iterations": 1000, "continuation": 50.0, "tolerance": 1e-6}
         scale = float((problem.b @ problem.A.conj()).abs().amax(1).mean())
         record["FISTA, best of 8 penalties"] = min(
-            part(unrolled.fista(problem.A, problem.b[:some], penalty=scale * 2.0**-k, iterations=1000, continuation=50.0,
-                                tolerance=1e-6).x)
-            for k in range(2, 10)
-        )  # fmt: skip
+            part(unrolled.fista(problem.A, problem.b[:some], penalty=scale * 2.0**-k, **lasso).x) for k in range(2, 10)
+        )
         table.append(record)
         print(
-            "  ".join(f"{key} {value if isinstance(value, str) else round(value, 1)}" for key, value in record.items())
+            f"{name}: " + "  ".join(f"{key}: {value:.1f}" for key, value in record.items() if key != "case"), flush=True
         )
     return table
 
@@ -274,7 +274,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=200, help="problems of each other kind")
     parser.add_argument("--rivals", type=Path, help="folder with rivals installed by pip install --target")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", default=["steps", "times", "conditions"], help="tables to make")
+    parser.add_argument("--json", type=Path, help="tables not made now are kept as they are there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -282,26 +283,31 @@ def main() -> None:
         sys.path.append(str(given.rivals))
     found = load(["sklearn", "celer", "skglm", "spams"])
     problem = standard()
-    by_steps = steps(problem)
-    for row in by_steps:
-        print(f"{row['solver']:34} {row['steps']:4} steps {row['nmse_db']:9.1f} dB")
-    timed = times(problem, own(problem) + peers(problem, found), given.rounds)
-    for row in timed:
-        note = f"  optimality off by {row['violation']:.1e}" if "violation" in row else ""
-        print(f"{row['name']:56} {row['ms']:9.4f} ms {row['nmse_db']:9.1f} dB{note}")
-    document = {
-        "benchmark": "sparse_solvers",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1, "dtype": "as named"},
-        "versions": versions(found),
-        "left_out": sorted({"sklearn", "celer", "skglm", "spams"} - set(found)),
-        "penalty": PENALTY,
-        "steps": by_steps,
-        "times": timed,
-        "conditions": conditions(given.batch),
-    }
+    document = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+    document |= {"benchmark": "sparse_solvers", "versions": versions(found), "penalty": PENALTY}
+    if "steps" in given.parts:
+        document["steps"] = steps(problem)
+        for row in document["steps"]:
+            print(f"{row['solver']:34} {row['steps']:4} steps {row['nmse_db']:9.1f} dB", flush=True)
+    if "times" in given.parts:
+        document["machine"] = {"processor": processor(), "threads": 1, "clock": "thread time"}
+        document["left_out"] = sorted({"sklearn", "celer", "skglm", "spams"} - set(found))
+        document["times"] = times(problem, own(problem) + peers(problem, found), given.rounds)
+        for row in document["times"]:
+            note = f"  optimality off by {row['violation']:.1e}" if "violation" in row else ""
+            print(f"{row['name']:56} {row['ms']:9.4f} ms {row['nmse_db']:9.1f} dB{note}", flush=True)
+    if "conditions" in given.parts:
+        document["conditions"] = conditions(given.batch)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def processor() -> str:
+    """Name of the processor."""
+    path = Path("/proc/cpuinfo")
+    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

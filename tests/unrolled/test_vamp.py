@@ -129,6 +129,31 @@ def test_polish_leaves_noisy_answers_alone():
     assert polished == pytest.approx(plain, abs=0.05)
 
 
+def oversampled():
+    """A cosine dictionary four times finer than its rows can tell apart, with sparse x."""
+    k = torch.arange(64, dtype=torch.float64)
+    a = torch.cos(math.pi * (k[:, None] + 0.5) * torch.arange(256, dtype=torch.float64) / 256)
+    a = a / torch.linalg.vector_norm(a, dim=0)
+    x = torch.randn(20, 256, generator=seeded(), dtype=torch.float64) * (
+        torch.rand(20, 256, generator=seeded(1), dtype=torch.float64) < 0.05
+    )
+    return a, x, x @ a.T
+
+
+def test_coherent_dictionaries_run_away_and_it_is_said():
+    a, _, b = oversampled()
+    with pytest.warns(RuntimeWarning, match="VAMP diverged on"):
+        solution = vamp(a, b, iterations=30)
+    assert bool((solution.residual <= 1.01 * torch.linalg.vector_norm(b, dim=-1)).all())
+
+
+def test_polish_takes_no_huge_answers_from_nearly_singular_supports():
+    a, _, b = oversampled()
+    x = VAMP(a, iterations=3, polish=2)(b)
+    shortest = b @ torch.linalg.pinv(a).T
+    assert bool((torch.linalg.vector_norm(x, dim=-1) <= 11 * torch.linalg.vector_norm(shortest, dim=-1)).all())
+
+
 @pytest.mark.parametrize("settings", [{"condition": 50.0}, {"density": 0.05}, {"density": 0.15}])
 def test_other_problems_converge_too(settings):
     given = {"density": 0.1} | settings

@@ -22,6 +22,8 @@ _GROUP = 128
 """Samples of like size that share one K."""
 _HOPELESS = 0.6
 """A round that leaves more than this share of the residual has met noise, or a wrong support: the sample gives up."""
+_LONGEST = 10
+"""Answers longer than so many times the shortest solution of A x = b are not taken."""
 _BETTER = 0.3
 """An answer that is not exact is taken if its residual is at most this share of the old one."""
 
@@ -79,20 +81,24 @@ class _Group:
         """Write better answers into result, and into found which ones are exact."""
         last = torch.linalg.vector_norm(self.b - self.operator.forward(result[self.rows]), dim=-1)
         best = _BETTER * last
+        # what is nearly singular explains b with huge entries: the truth is not far above the shortest solution
+        longest = _LONGEST * torch.linalg.vector_norm(correct(self.b, self.rows), dim=-1)
         exact = ROUNDING * torch.finfo(self.b.dtype).eps * torch.linalg.vector_norm(self.b, dim=-1)
         for _ in range(rounds):
             support = score.topk(self.k, dim=-1, sorted=False).indices
             x = least_squares(self.operator, self.b, support)
             residual = self.b - self.operator.forward(x)
             left = torch.linalg.vector_norm(residual, dim=-1)
-            done = left <= exact
-            better = (left <= best) | done
+            sane = torch.linalg.vector_norm(x, dim=-1) <= longest
+            done = (left <= exact) & sane
+            better = ((left <= best) & sane) | done
             result[self.rows[better]] = x[better]
             found[self.rows[done]] = True
             best = torch.where(better, left, best)
-            running = (~done & (left <= _HOPELESS * last)).nonzero().squeeze(-1)
+            running = (~done & sane & (left <= _HOPELESS * last)).nonzero().squeeze(-1)
             if not len(running):
                 return
-            x, residual, last, best, exact = x[running], residual[running], left[running], best[running], exact[running]
+            x, residual, longest = x[running], residual[running], longest[running]
+            last, best, exact = left[running], best[running], exact[running]
             self.b, self.rows, self.operator = self.b[running], self.rows[running], self.operator.select(running)
             score = (x + correct(residual, self.rows)).abs()
