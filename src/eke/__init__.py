@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         report,
         sites,
         solvers,
+        sparsity,
         structures,
         unrolled,
     )
@@ -62,6 +63,7 @@ _LOCATIONS = {
     "report": "",
     "sites": "",
     "solvers": "",
+    "sparsity": "",
     "structures": "",
     "unrolled": "",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "report",
     "sites",
     "solvers",
+    "sparsity",
     "structures",
     "survey",
     "unrolled",

@@ -1,0 +1,202 @@
+"""Masks: which entries of which parameters are kept.
+
+A mask set knows names and booleans, nothing of a model: it is applied to one, re-applied after each optimizer step, put
+in as a parametrization that can be taken out again, and stored with one bit an entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._errors import suggest
+
+_FORMAT = "eke masks 1"
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """One step of pruning.
+
+    Args:
+        kept: Entries kept after it.
+        predicted: Change of the loss that the criterion predicted for what was removed; None if it predicts none.
+        before: Loss before the step, None where the criterion has no data.
+        after: Loss after it.
+    """
+
+    kept: int
+    predicted: float | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Masks by parameter name; True is kept.
+
+    Args:
+        masks: Boolean tensors in the shapes of the parameters.
+        steps: How pruning went.
+
+    Raises:
+        TypeError: if a mask is not boolean.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], steps: tuple[PruneStep, ...] = ()) -> None:
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"The mask of {name!r} must be boolean, got {mask.dtype}.")
+        self._masks = dict(masks)
+        self.steps = steps
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} parameters, {self.kept} of {self.total} entries kept)"
+
+    @property
+    def kept(self) -> int:
+        """Number of entries kept."""
+        return sum(int(mask.sum()) for mask in self.values())
+
+    @property
+    def total(self) -> int:
+        """Number of entries."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """Share of entries kept."""
+        return self.kept / max(1, self.total)
+
+    def apply_(self, model: nn.Module) -> None:
+        """Set the entries that are not kept to 0, in place."""
+        with torch.no_grad():
+            for parameter, mask in self._pairs(model):
+                parameter.mul_(mask.to(parameter.device))
+
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Keep entries at 0 through training: after each step of the optimizer, parameters and what its state holds in
+        their shape (momentum) are masked.
+
+        Args:
+            model: Its parameters are masked now, too.
+            optimizer: Of these parameters.
+
+        Returns:
+            A handle; `handle.remove()` ends it.
+        """  # noqa: D205
+        pairs = [(parameter, mask.to(parameter.device)) for parameter, mask in self._pairs(model)]
+        self.apply_(model)
+
+        def after(_optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
+            with torch.no_grad():
+                for parameter, mask in pairs:
+                    parameter.mul_(mask)
+                    for value in optimizer.state.get(parameter, {}).values():
+                        if isinstance(value, Tensor) and value.shape == mask.shape:
+                            value.mul_(mask)
+
+        return optimizer.register_step_post_hook(after)
+
+    def parametrize_(self, model: nn.Module) -> None:
+        """Put masks in front of the parameters: `model.layer.weight` is the masked one, what is trained stays whole.
+
+        Take them out with `unparametrize_`.
+        """
+        for name, mask in self.items():
+            owner, _, attribute = name.rpartition(".")
+            self._parameter(model, name)
+            parametrize.register_parametrization(model.get_submodule(owner), attribute, _Masked(mask))
+
+    def unparametrize_(self, model: nn.Module) -> None:
+        """Take the masks out again; the masked values stay.
+
+        Raises:
+            ValueError: if a parameter carries none.
+        """
+        for name in self:
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if not parametrize.is_parametrized(module, attribute):
+                raise ValueError(f"{name!r} carries no mask to take out; call parametrize_ first.")
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks, one bit an entry, to a safetensors file, whole or not at all."""
+        packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy().ravel())) for name, mask in self.items()}
+        about = {name: list(mask.shape) for name, mask in self.items()}
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(packed, partial, metadata={"format": _FORMAT, "shapes": json.dumps(about)})
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MaskSet:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The masks, on the CPU.
+
+        Raises:
+            ValueError: if the file is something else.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
+            shapes = json.loads(metadata["shapes"])
+            found = {}
+            for name, shape in shapes.items():
+                count = int(np.prod(shape))
+                bits = np.unpackbits(file.get_tensor(name).numpy(), count=count)
+                found[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
+        return cls(found)
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        return [(self._parameter(model, name), mask) for name, mask in self.items()]
+
+    def _parameter(self, model: nn.Module, name: str) -> Tensor:
+        known = dict(model.named_parameters())
+        if name not in known:
+            raise ValueError(f"This model has no parameter {name!r}." + suggest(name, known))
+        if known[name].shape != self[name].shape:
+            raise ValueError(
+                f"The mask of {name!r} has shape {tuple(self[name].shape)}, the parameter {tuple(known[name].shape)}."
+            )
+        return known[name]
+
+
+class _Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        kept: Tensor = weight * self.mask
+        return kept
