@@ -240,6 +240,10 @@ def _step(trained: Unrolled, stage: Stage, x: Tensor, b: Tensor, loss: Loss) -> 
         with torch.enable_grad():
             error = loss(network(b[samples]), x[samples])
         error.backward()  # type: ignore[no-untyped-call]
+        for parameter in trained.parameters():
+            if parameter.grad is not None:
+                # Adam cannot read gradients whose conjugation is still to be done
+                parameter.grad = parameter.grad.resolve_conj()
         optimizer.step()
         return float(error.detach())
 
