@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -172,9 +174,11 @@ def check(y, fake):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @LAYOUTS
 def test_outputs_lie_in_memory_as_the_fakes_say(last, dtype):
-    for pattern in [(1, 8, 6, 1), (2, 3, 4, 5), (1, 4, 4, 8), (6, 5, 3, 1)]:
+    patterns = [(1, 8, 6, 1), (2, 3, 4, 5), (1, 4, 4, 8), (6, 5, 3, 1), (1, 1, 1, 2), (2, 1, 1, 3)]
+    for pattern, turned in itertools.product(patterns, (False, True)):
         x, blocks = sample(pattern, dtype=dtype)
         x = x.T.contiguous() if last else x
+        x = x.T.contiguous().T if turned else x
         for name in choose.ALGORITHMS:
             if name == "native" and not native.supports(x):
                 continue

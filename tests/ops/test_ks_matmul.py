@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -349,20 +350,51 @@ def test_autocast_casts_both():
         assert ops.ks_chain_matmul(x, [blocks], bias=torch.ones(30)).dtype == torch.bfloat16
 
 
-def test_choice_is_measured_on_demand_and_kept():
-    pattern = (1, 4, 4, 2)
-    name = ops.choose_algorithm(pattern, 11, torch.float32, measure=True)
-    assert name in choose.ALGORITHMS
-    assert ops.choose_algorithm(pattern, 11, torch.float32) == name
+def test_choice_is_measured_on_demand_and_kept(monkeypatch):
+    asked = []
+
+    def measure(*case, **layout):
+        asked.append((case, layout))
+        return "bmm"
+
+    monkeypatch.setattr(choose, "_MEASURED", {})
+    monkeypatch.setattr(choose, "_measure", measure)
+    pattern = (2, 4, 4, 3)
+    before = ops.choose_algorithm(pattern, 11, torch.float32)
+    assert before != "bmm"
+    assert ops.choose_algorithm(pattern, 11, torch.float32, measure=True) == "bmm"
+    assert asked == [((pattern, 11, torch.float32), {"batch_last": False})]
+    assert ops.choose_algorithm(pattern, 11, torch.float32) == "bmm"
+    assert len(asked) == 1
+    for other in (
+        ops.choose_algorithm(pattern, 12, torch.float32),
+        ops.choose_algorithm(pattern, 11, torch.float32, batch_last=True),
+        ops.choose_algorithm((2, 4, 4, 5), 11, torch.float32),
+    ):
+        assert other == before
+
+
+def test_measuring_takes_the_fastest(monkeypatch):
+    seconds = iter([4.0, 3.0, 1.0, 2.0] * 3 if native.available() else [4.0, 1.0, 3.0] * 3)
+    monkeypatch.setattr(choose, "seconds_of", lambda run, repeats: next(seconds))
+    names = list(choose.ALGORITHMS) if native.available() else list(choose.ALGORITHMS)[1:]
+    fastest = names[2] if native.available() else names[1]
+    assert choose._measure((2, 4, 4, 2), 5, torch.float32, batch_last=False) == fastest
 
 
 def test_choice_without_the_kernel(monkeypatch):
     monkeypatch.setattr(native, "level", lambda: -1)
     assert ops.choose_algorithm((1, 4, 4, 1), 8, torch.float32) == "dense"
     assert ops.choose_algorithm((2, 4, 4, 3), 8, torch.float32) == "einsum"
-    x, blocks = sample((2, 4, 4, 3), 8)
-    torch.testing.assert_close(ops.ks_matmul(x, blocks), reference.matmul(x, blocks))
-    torch.testing.assert_close(ops.ks_chain_matmul(x, [blocks], activation=torch.relu), ops.ks_matmul(x, blocks).relu())
+    for pattern in [(1, 4, 5, 1), (2, 4, 4, 3)]:
+        x, blocks = sample(pattern, 8)
+        wanted = x.double() @ dense(blocks).T
+        for _ in range(3):  # nothing is kept
+            torch.testing.assert_close(ops.ks_matmul(x, blocks).double(), wanted, rtol=0, atol=1e-5)
+            y = ops.ks_matmul_batch_last(x.T.contiguous(), blocks)
+            torch.testing.assert_close(y.double(), wanted.T, rtol=0, atol=1e-5)
+            y = ops.ks_chain_matmul(x, [blocks], activation=torch.relu)
+            torch.testing.assert_close(y.double(), wanted.relu(), rtol=0, atol=1e-5)
 
 
 def test_a_missing_kernel_is_said_once(monkeypatch, caplog, tmp_path):
@@ -424,17 +456,22 @@ def test_nothing_is_written_outside_the_output(level, layout):
 def test_threads_change_nothing(layout):
     threads = torch.get_num_threads()
     try:
-        for pattern in [(1, 64, 64, 16), (5, 40, 24, 3), (64, 4, 4, 4), (2, 4, 4, 64)]:
-            x, blocks = sample(pattern, 700)
-            x = x.T.contiguous() if layout else x
+        for pattern in [(1, 64, 64, 16), (5, 40, 24, 3), (64, 4, 4, 4), (2, 4, 4, 64), (1, 40, 30, 1), (7, 9, 11, 1)]:
+            batch = 4_000_000 // math.prod(pattern) + 100
+            assert batch * math.prod(pattern) > 2_000_000  # from there on the library uses threads
+            x, blocks = sample(pattern, batch)
+            a, b, _, d = pattern
+            g = torch.randn(batch, a * b * d, generator=torch.Generator().manual_seed(3))
+            x, g = (x.T.contiguous(), g.T.contiguous()) if layout else (x, g)
             results = []
-            for count in (1, 3):
+            for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 y = native.forward(x, [blocks], batch_last=layout)
-                results.append((y, native.gradient(x, y[:, :].clone(), pattern, batch_last=layout))
-                               if pattern[1] == pattern[2] else (y, y))  # fmt: skip
-            assert torch.equal(results[0][0], results[1][0])
-            torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-2)
+                results.append((y, native.gradient(x, g, pattern, batch_last=layout)))
+            for y, gradient in results[1:]:
+                torch.testing.assert_close(y, results[0][0], rtol=1e-5, atol=1e-4)
+                # Sums of so many products of normal numbers.
+                torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-5 * batch**0.5)
     finally:
         torch.set_num_threads(threads)
 

@@ -20,6 +20,10 @@ PROGRAM = """
 extern "C" int eke_ks_level(void);
 extern "C" int eke_ks_forward(int, i64, i64, i64, i64, const void*, i64, void*, i64, i64, const Factor*, const float*,
                               i64);
+struct Source { const void* entries; i64 bytes; };
+extern "C" void* eke_ks_keep(int, i64, i64, i64, i64, const Factor*, i64, i64, const Source*);
+extern "C" int eke_ks_kept(const void*, i64, const void*, void*, const float*);
+extern "C" void eke_ks_drop(void*);
 extern "C" int eke_ks_gradient(int, i64, i64, i64, const float*, i64, const float*, i64, float*, i64, i64, i64, i64);
 
 // Buffers of exactly the size needed, so that one float too far is caught.
@@ -42,6 +46,16 @@ int main() {
         i64 xs = layout ? n : in, ys = layout ? n : out;
         Factor f = {a, b, c, d, b * c * d, c * d, d, 1, w}, t = {a, c, b, d, b * c * d, d, c * d, 1, w};
         if (eke_ks_forward(level, 1, layout, 0, n, x, xs, y, ys, 1, &f, nullptr, 0)) return 1;
+        float* again = filled(out * n, 6);
+        Source whole = {w, (i64)sizeof(float) * a * b * c * d};
+        void* kept = eke_ks_keep(level, 1, layout, 0, 1, &f, 0, 1, &whole);
+        if (!kept || eke_ks_kept(kept, n, x, again, nullptr)) return 3;
+        for (i64 e = 0; e < out * n; e++) if (again[e] != y[e]) return 4;
+        w[a * b * c * d - 1] += 1;
+        if (eke_ks_kept(kept, n, x, again, nullptr) != -1) return 5;
+        w[a * b * c * d - 1] -= 1;
+        eke_ks_drop(kept);
+        free(again);
         float* back = filled(in * n, 5);
         if (eke_ks_forward(level, 1, layout, 0, n, y, ys, back, xs, 1, &t, nullptr, 1)) return 1;
         if (eke_ks_gradient(level, 1, layout, n, x, xs, y, ys, g, a, b, c, d)) return 1;
