@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .auto import Choice, Optimality, choose, optimality
 from .convolutional import convolutional_weight
 from .coordinate import CoordinateDescent, coordinate_descent
 from .fit import Deepening, Fit, LayerWise, Stage, Training, decibels, fit, squared_error
@@ -28,6 +29,7 @@ __all__ = [
     "LISTACPSS",
     "OMP",
     "VAMP",
+    "Choice",
     "Coherence",
     "Convolutional",
     "CoordinateDescent",
@@ -38,6 +40,7 @@ __all__ = [
     "HyperLISTA",
     "LayerWise",
     "Operator",
+    "Optimality",
     "Problem",
     "Progress",
     "Safeguarded",
@@ -50,6 +53,7 @@ __all__ = [
     "Unrolled",
     "analytic_weight",
     "as_operator",
+    "choose",
     "coherence",
     "convolutional_weight",
     "coordinate_descent",
@@ -64,6 +68,7 @@ __all__ = [
     "least_squares",
     "nmse_db",
     "omp",
+    "optimality",
     "recovery_condition",
     "select_support",
     "soft_threshold",

@@ -1,0 +1,74 @@
+"""Which solver is chosen, and how near an answer is to the optimum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eke.unrolled import FISTA, HTP, VAMP, Functions, choose, fista, gaussian, nmse_db, optimality
+
+from .cases import small
+
+
+def test_random_dictionaries_are_solved_by_message_passing():
+    problem = gaussian(100, 200, 0.05, batch=40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    choice = choose(problem.A, problem.b, exact=True)
+    assert isinstance(choice.solver, VAMP)
+    assert "holds on 16 samples" in choice.reason
+    assert problem.nmse_db(choice.solver.solve(problem.b, tolerance=choice.tolerance).x) < -400
+
+
+def test_noise_does_not_send_message_passing_away():
+    problem = gaussian(100, 200, 0.1, batch=20, snr_db=20, generator=torch.Generator().manual_seed(0))
+    assert isinstance(choose(problem.A, problem.b).solver, VAMP)
+
+
+def test_coherent_dictionaries_fall_back_on_the_lasso():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.exp(-((torch.arange(60.0)[:, None] - torch.arange(120.0) / 2) ** 2) / 8).double()
+    a = a / torch.linalg.vector_norm(a, dim=0)
+    x = torch.zeros(20, 120, dtype=torch.float64)
+    x[:, 10::40] = 1 + torch.rand(20, 3, generator=generator, dtype=torch.float64)
+    b = x @ a.T
+    choice = choose(a, b)
+    assert isinstance(choice.solver, FISTA)
+    assert "coherent" in choice.reason
+    assert nmse_db(choice.solver.solve(b, tolerance=choice.tolerance).x, x) < -40
+
+
+def test_what_is_asked_decides():
+    a, _, b = small()
+    assert isinstance(choose(a, b, penalty=0.1).solver, FISTA)
+    assert isinstance(choose(a, b, sparsity=3).solver, HTP)
+    functions = Functions(lambda x: x @ a.T, lambda r: r @ a, shape=(20, 30), dtype=torch.float64)
+    assert isinstance(choose(functions, b).solver, FISTA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_gap_bounds_the_distance_to_the_minimum_and_closes_there(dtype):
+    a, _, b = small(dtype=dtype)
+    penalty = torch.linspace(0.05, 0.3, len(b), dtype=torch.float64)
+    best = fista(a, b, penalty=penalty, iterations=20_000, tolerance=1e-14)
+    near = optimality(a, b, best.x, penalty=penalty)
+    assert float(near.violation.max()) < 1e-8
+    assert float(near.gap.abs().max()) < 1e-10
+    torch.testing.assert_close(near.objective, best.objective)
+    rough = optimality(a, b, fista(a, b, penalty=penalty, iterations=5).x, penalty=penalty)
+    assert bool((rough.gap >= rough.objective - near.objective).all())
+    assert float(rough.violation.max()) > 0.01
+
+
+def test_zero_is_optimal_from_the_largest_penalty_on():
+    a, _, b = small()
+    penalty = (b @ a).abs().amax(-1)
+    near = optimality(a, b, torch.zeros(6, 30, dtype=torch.float64), penalty=penalty)
+    assert float(near.violation.max()) < 1e-12
+    assert float(near.gap.abs().max()) < 1e-12
+
+
+def test_contradictions_are_refused():
+    a, x, b = small()
+    with pytest.raises(ValueError, match=r"got both: 0\.1 and 3"):
+        choose(a, b, penalty=0.1, sparsity=3)
+    with pytest.raises(ValueError, match="penalties above 0, got 0"):
+        optimality(a, b, x, penalty=0.0)
