@@ -99,6 +99,23 @@ def test_chunks_do_not_matter():
     torch.testing.assert_close(solver(many, start)[-3:], solver(b, solver(b)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize(("c1", "c3"), [(0.04, 0.08), (0.01, 0.02), (0.05, 5.0), (0.02, 0.0)])
+def test_layers_in_place_are_the_same_layers(c1, c3, warm):
+    a, x, b = small(batch=9)
+    kept = b.clone(), x.clone()
+    solver = HyperLISTA(a, c1=c1, c2=0.04, c3=c3, layers=7)
+    start = 0.5 * x if warm else None
+    expected = solver(b, start)
+    with torch.no_grad():
+        torch.testing.assert_close(solver(b, start), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(solver(b, x), solver.solve(b, x0=x).x, rtol=0, atol=1e-12)
+        with pytest.raises(ValueError, match="x0 has 4 samples and b 9"):
+            solver(b, x[:4])
+    assert torch.equal(b, kept[0])
+    assert torch.equal(x, kept[1])
+
+
 def test_threshold_and_momentum_have_gradients():
     a, _, b = small(batch=2)
 

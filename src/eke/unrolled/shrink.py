@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 """Added to shares before p n is rounded down: 12.999999 of 100 is meant to be 13."""
 
 
@@ -110,7 +110,7 @@ def passing(magnitude: Tensor, threshold: float | Tensor, share: float | Tensor)
     if not isinstance(share, Tensor):
         if not 0 <= share <= 1:
             raise ValueError(f"share is the part of entries that may pass, from 0 to 1, got {share!r}.")
-        count = min(n, int(share * n + _ROUNDING * n))
+        count = min(n, int(share * n + ROUNDING * n))
         if count == 0:
             return torch.zeros_like(reached)
         return reached if count == n else reached & (magnitude >= kth_largest(magnitude, count))
@@ -136,7 +136,7 @@ def _traced() -> bool:
 
 def _count(share: Tensor, n: int) -> Tensor:
     """Return floor(p n)."""
-    return (share.detach() * n + _ROUNDING * n).floor().to(torch.int64).clamp(0, n)
+    return (share.detach() * n + ROUNDING * n).floor().to(torch.int64).clamp(0, n)
 
 
 def _checked_shares(share: Tensor) -> Tensor:

@@ -180,12 +180,15 @@ class SparseSolver(nn.Module):
             return _Run(self, b, self._begin(b, x0), tolerance, callback).solution()
 
     def _begin(self, b: Tensor, x0: Tensor | None) -> State:
+        self._check(b, x0)
+        return self.start(self.operator, b, x0)
+
+    def _check(self, b: Tensor, x0: Tensor | None) -> None:
         check_vector(self.operator, b, "b")
         if x0 is not None:
             check_vector(self.operator, x0, "x0")
             if len(x0) != len(b):
                 raise ValueError(f"x0 has {len(x0)} samples and b {len(b)}.")
-        return self.start(self.operator, b, x0)
 
 
 class _Run:
