@@ -520,6 +520,20 @@ def bounds_of_lopsided() -> dict[Chain, tuple[float, float]]:
     return bounds
 
 
+def test_sides_of_many_divisors_are_searched_on_a_coarser_grid():
+    matrix = noise(120, 72)
+    choice = best_chain(matrix, max_params=120 * 72 // 3)
+    assert choice.chain.parameters <= 120 * 72 // 3
+    assert choice.least_error <= choice.factorization.error
+    # Chains of two factors are all on the grid at rank 1.
+    for blocks in (2, 3, 4, 6, 8, 12, 24):
+        monarch = Chain([(1, blocks, blocks, 120 // blocks), (blocks, 120 // blocks, 72 // blocks, 1)])
+        if monarch.parameters <= 120 * 72 // 3:
+            assert choice.factorization.upper_bound <= factorize(matrix, monarch).upper_bound + 1e-12
+    member = factorize(matrix, Chain.radix([4, 5, 6], [3, 4, 6])).to_dense()
+    assert best_chain(member, tolerance=1e-6).factorization.error <= 1e-6
+
+
 @pytest.mark.parametrize("budget", [8 * 12, 60, 48, 30, 20])
 def test_the_best_chain_within_a_budget_has_the_least_proved_bound(budget):
     """Against all chains of 8 x 12 of both directions and every product pattern, one by one."""

@@ -11,7 +11,7 @@ paths from (1, 1, 1) to (b, c, 1) in one graph, whose steps cost a d P' (b / Q) 
 The first gives candidates, which are factorized and measured; the second says how much better any chain could be. A
 family is left out when what lies outside of its support is already more than the best bound.
 Source: derived here from the bounds of Le, Zheng, Riccietti, Gribonval (2025). Cost: block singular values for every
-pair of divisors, then the fronts; a few seconds for 64 x 64.
+pair of divisors, then the fronts; about 15 s of one core for 384 x 384.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from .factorization import Factorization
 from .hierarchical import check_matrix, factorize
 
 _CANDIDATES = 6
+_MANY, _KEPT = 64, 12
+"""Pairs of divisors from which ranks are coarser and fronts are thinned to so many paths of each rank."""
 _Node = tuple[int, int]
 _Energies = dict[_Node, np.ndarray]
 _Found = tuple[int, float, Chain]
@@ -59,8 +61,9 @@ class ChainChoice:
 def best_chain(matrix: Tensor, *, max_params: int | None = None, tolerance: float | None = None) -> ChainChoice:
     """Choose a chain for a matrix, among all that `factorize` takes: ascending and descending, of any product pattern.
 
-    The search minimises what is proved, the upper bound of the error, over ranks 1 to 8 and a grid of larger ones,
-    measures the most promising candidates, and says what no chain of any rank could beat.
+    The search minimises what is proved, the upper bound of the error, over ranks 1 to 8 and a grid of larger ones (a
+    coarser grid, and thinned fronts, where sides have many divisors), measures the most promising candidates, and says
+    what no chain of any rank could beat.
 
     Args:
         matrix: (m, n), real or complex.
@@ -250,65 +253,100 @@ def _least_energy(energies: _Energies, rows: int, cols: int, max_params: int) ->
 def _paths(energies: _Energies, rows: int, cols: int, limit: int) -> list[_Found]:
     """Return the Pareto front of (parameters, sum of E_s^2) over chains within a limit, with the chains.
 
-    A label is (parameters, energy, origin); the labels of a node and rank are kept where no other has less of both.
+    Of many divisors only some points of each node's fronts are kept, spread evenly.
     """
     if rows == cols == 1:
         return [(1, 0.0, Chain([(1, 1, 1, 1)]))] if limit >= 1 else []
-    ranks = {node: _ranks(len(tails) - 2) for node, tails in energies.items()} | {(rows, cols): [1]}
-    arrived: dict[tuple[_Node, int], list[_Label]] = {((1, 1), 1): [_Label(0, 0.0, None, (1, 1), 1)]}
-    for node in [*_in_order(energies), (rows, cols)]:
-        for rank in ranks.get(node, [1]):
-            labels = _front(arrived.get((node, rank), []))
-            arrived[node, rank] = labels
-            if not labels or node == (rows, cols):
-                continue
-            for q, p in _successors(energies, rows, cols, node):
-                tails = energies.get((q, p))
-                for r in ranks[q, p]:
-                    size = p * (rows // node[0]) * rank * r
-                    more = 0.0 if tails is None else float(tails[r])
-                    there = arrived.setdefault(((q, p), r), [])
-                    for label in labels:
-                        if label.parameters + size <= limit:
-                            there.append(_Label(label.parameters + size, label.energy + more, label, (q, p), r))
-    return [(label.parameters, label.energy, label.chain()) for label in arrived[(rows, cols), 1]]
+    last = (rows, cols)
+    coarse = len(energies) > _MANY
+    ranks = {node: _ranks(len(tails) - 2, coarse=coarse) for node, tails in energies.items()}
+    ranks[last] = np.ones(1, dtype=np.int64)
+    one = np.ones(1, np.int64)
+    start = _Labels(0 * one, np.zeros(1), one, [], 0 * one)
+    arrived: dict[_Node, list[_Labels]] = {(1, 1): [start]}
+    final = start
+    for node in [*_in_order(energies), last]:
+        here = arrived.pop(node, [])
+        if not here:
+            continue
+        labels = _Labels.front(here, most=_KEPT if coarse else None)
+        if node == last:
+            final = labels
+            continue
+        for q, p in _successors(energies, rows, cols, node):
+            size = p * (rows // node[0]) * labels.rank[:, None] * ranks[q, p] + labels.parameters[:, None]
+            tails = energies.get((q, p))
+            energy = labels.energy[:, None] + (np.zeros(1) if tails is None else tails[ranks[q, p]])
+            origin, rank = np.nonzero(size <= limit)
+            if len(origin):
+                step = (labels, node, (q, p))
+                made = _Labels(size[origin, rank], energy[origin, rank], ranks[q, p][rank], [step], origin)
+                arrived.setdefault((q, p), []).append(made)
+    if final is start:
+        return []
+    return [(int(final.parameters[i]), float(final.energy[i]), final.chain(i)) for i in range(len(final.parameters))]
 
 
-@dataclass(slots=True)
-class _Label:
-    """A path to a node: what it costs, what it loses, and where it came from."""
+@dataclass(frozen=True)
+class _Labels:
+    """Paths to one node: what they cost, what they lose, the rank they arrive with, and where they came from.
 
-    parameters: int
-    energy: float
-    origin: _Label | None
-    node: _Node
-    rank: int
+    Args:
+        parameters: (k,).
+        energy: (k,).
+        rank: (k,).
+        steps: (labels of the node before, it, this node), for every node that paths came from.
+        origin: (k,): positions in the labels of all these nodes, one after the other.
+    """
 
-    def chain(self) -> Chain:
+    parameters: np.ndarray
+    energy: np.ndarray
+    rank: np.ndarray
+    steps: list[tuple[_Labels, _Node, _Node]]
+    origin: np.ndarray
+
+    @classmethod
+    def front(cls, parts: list[_Labels], *, most: int | None) -> _Labels:
+        """Return the paths that no other one of the same rank beats in both; at most so many of each rank."""
+        offsets = np.cumsum([0, *(len(part.steps[0][0].parameters) if part.steps else 0 for part in parts)])
+        parameters, energy, rank = (np.concatenate(c) for c in zip(*((x.parameters, x.energy, x.rank) for x in parts)))
+        origin = np.concatenate([part.origin + offset for part, offset in zip(parts, offsets)])
+        order = np.lexsort((energy, parameters, rank))
+        kept = []
+        for group in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
+            lowest = np.minimum.accumulate(energy[group])
+            better = np.concatenate(([True], energy[group][1:] < lowest[:-1] * (1 - 1e-9)))
+            found = group[better]
+            if most is not None and len(found) > most:
+                sizes = np.log(parameters[found] + 1.0)
+                goals = np.linspace(sizes[0], sizes[-1], most)
+                found = found[np.unique(np.searchsorted(sizes, goals - 1e-12))]
+            kept.append(found)
+        chosen = np.concatenate(kept)
+        steps = [step for part in parts for step in part.steps]
+        return cls(parameters[chosen], energy[chosen], rank[chosen], steps, origin[chosen])
+
+    def chain(self, index: int) -> Chain:
         """Return the chain of a path that is complete."""
-        steps, ranks = [], []
-        label = self
-        while label.origin is not None:
-            before = label.origin
-            steps.append((label.node[0] // before.node[0], label.node[1] // before.node[1]))
-            ranks.append(before.rank)
-            label = before
-        steps.reverse()
-        return Chain.radix([q for q, _ in steps], [p for _, p in steps], ranks=ranks[-2::-1])
+        factors, ranks = [], []
+        labels = self
+        while labels.steps:
+            position = int(labels.origin[index])
+            step = 0
+            while position >= len(labels.steps[step][0].parameters):
+                position -= len(labels.steps[step][0].parameters)
+                step += 1
+            before, node, here = labels.steps[step]
+            factors.append((here[0] // node[0], here[1] // node[1]))
+            ranks.append(int(before.rank[position]))
+            labels, index = before, position
+        factors.reverse()
+        return Chain.radix([q for q, _ in factors], [p for _, p in factors], ranks=ranks[-2::-1])
 
 
-def _front(labels: list[_Label]) -> list[_Label]:
-    """Return the labels that no other one beats in both, by parameters."""
-    kept: list[_Label] = []
-    for label in sorted(labels, key=lambda found: (found.parameters, found.energy)):
-        if not kept or label.energy < kept[-1].energy * (1 - 1e-9):
-            kept.append(label)
-    return kept
-
-
-def _ranks(most: int) -> list[int]:
-    """Return 1 ... 8 and then every fifth part more, up to a limit."""
-    found = list(range(1, min(most, 8) + 1))
+def _ranks(most: int, *, coarse: bool) -> np.ndarray:
+    """Return ranks up to a limit: 1 ... 8 and then every fifth part more, or every second part more from 1 on."""
+    found = [1] if coarse else list(range(1, min(most, 8) + 1))
     while found and found[-1] < most:
-        found.append(min(most, math.ceil(1.25 * found[-1])))
-    return found
+        found.append(min(most, math.ceil((1.5 if coarse else 1.25) * found[-1])))
+    return np.array(found, dtype=np.int64)
