@@ -177,11 +177,12 @@ def _differentiate_matmul(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor
     x, blocks = ctx.saved_tensors
     last = ctx.batch_last
     to_x, to_blocks = ctx.needs_input_grad[:2]
-    return (
-        matmul(grad, blocks.transpose(1, 2), batch_last=last) if to_x else None,
-        torch.ops.eke.ks_matmul_gradient(x, grad, list(blocks.shape), last) if to_blocks else None,
-        None,
-    )
+    found = None
+    if to_blocks:
+        # Without a second derivative to come nobody watches the first one.
+        run = _gradient if _direct(x, grad) else torch.ops.eke.ks_matmul_gradient
+        found = run(x, grad, list(blocks.shape), last)
+    return matmul(grad, blocks.transpose(1, 2), batch_last=last) if to_x else None, found, None
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, list[int], bool], output: Tensor) -> None:
