@@ -26,6 +26,7 @@ from .recorder import Call, Recorder
 from .totals import weight_gradient
 
 Fisher = Literal["empirical", "mc", "exact"]
+"""Whose gradients make second moments: of the labels, drawn, or of all columns of a root of the loss's Hessian."""
 _MOST = 4096
 """Outputs of a sample up to which second derivatives of the loss are taken."""
 

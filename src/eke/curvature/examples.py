@@ -25,6 +25,7 @@ from ..sites import Site
 from .capture import Calls
 
 Sharing = Literal["sum", "expand", "reduce"]
+"""What several locations of a matrix mean; see the module."""
 _CHUNK = 1 << 23
 """Entries of examples' gradients held at once: 32 MB in float32."""
 

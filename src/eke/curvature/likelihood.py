@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+"""What a model's outputs are the parameters of."""
 
 
 def pulls(outputs: Tensor, likelihood: Likelihood, *, exact: bool, generator: torch.Generator | None) -> list[Tensor]:
