@@ -144,6 +144,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_stage_can_be_resumed(quick, model, reference, tmp_path):
     steps = Interrupt()
     whole = tmp_path / "whole"
