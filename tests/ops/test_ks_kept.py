@@ -214,6 +214,19 @@ def test_modes_are_seen_after_packing():
     torch.testing.assert_close(compiled(x, blocks), y)
 
 
+@pytest.mark.parametrize("pattern", [(2, 8, 8, 2), (1, 40, 30, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_entries_of_another_type_in_the_same_memory_are_refused(pattern, last):
+    x, blocks = sample(pattern)
+    x = x.T.contiguous() if last else x
+    for _ in range(3):
+        call(x, blocks, last)
+    assert packed(blocks, last) is not None
+    blocks.data = blocks.data.view(torch.int32)
+    with pytest.raises(ValueError, match=r"got torch.float32 and torch.int32"):
+        call(x, blocks, last)
+
+
 def test_other_threads_pack_anew():
     x, blocks = sample((4, 64, 64, 1), 600)
     threads = torch.get_num_threads()

@@ -127,7 +127,10 @@ def product(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor | None:
     if blocks.data_ptr() != known.address or blocks.shape != known.shape or blocks.stride() != known.strides:
         return None
     shape = x.shape
-    if len(shape) != 2 or x.dtype is not known.dtype or not x.is_contiguous() or blocks.is_neg():
+    # Other types may lie in the same memory: a view, or what was put where the old entries were.
+    if len(shape) != 2 or x.dtype is not known.dtype or blocks.dtype is not known.dtype:
+        return None
+    if not x.is_contiguous() or blocks.is_neg():
         return None
     inputs, batch = shape if batch_last else (shape[1], shape[0])
     name = known.choices.get(batch) if known.measurements == choose.measurements else None
