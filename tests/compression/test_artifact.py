@@ -25,8 +25,9 @@ from eke.compression.artifact import (
     structure_from_json,
     structure_to_json,
 )
-from eke.compression.checkpoint import read_tensors, sha256, write_tensors
+from eke.compression.checkpoint import sha256
 from eke.compression.deploy import foldable
+from eke.cost import read_tensors, write_tensors
 from eke.sites import Surgery, channel_groups, find
 from eke.structures import NM, Both, LowRank, Rows, UniformGrid, Unstructured
 

@@ -12,13 +12,11 @@ import torch
 from eke.compression.checkpoint import (
     Run,
     read_json,
-    read_tensors,
     sha256,
     together,
-    write_bytes,
     write_json,
-    write_tensors,
 )
+from eke.cost import read_tensors, write_bytes, write_tensors
 
 RECIPE = {"seed": 0, "budget": {"size": "0.5x"}}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eke.compression.artifact import PLAN, WEIGHTS
-from eke.compression.checkpoint import write_tensors
+from eke.cost import write_tensors
 
 KILLS = 20
 
@@ -26,7 +26,8 @@ NURSERY = """
     from compression.nets import STEPS, Tiny, tiny_task
     from eke import Budget, compress
     from eke.compression import Recovery, recover
-    from eke.compression.checkpoint import Run, read_tensors
+    from eke.compression.checkpoint import Run
+    from eke.cost import read_tensors
     from eke.structures import Both, LowRank, UniformGrid, Unstructured
 
     shorten_measurements()

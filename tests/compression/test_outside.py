@@ -12,9 +12,9 @@ from eke.compression import apply
 from eke.compression.apply import Layout
 from eke.compression.artifact import PLAN, WEIGHTS, read_plan, save, stored_bits
 from eke.compression.candidates import Decisions, Forms
-from eke.compression.checkpoint import read_tensors
 from eke.compression.recover import Recovery
 from eke.compression.task import cross_entropy
+from eke.cost import read_tensors
 from eke.curvature import Curvature
 from eke.sites import find
 from eke.structures import NM, Packable, Structure, UniformGrid

@@ -173,7 +173,7 @@ def _read(path: pathlib.Path) -> Tensor:
 def _write(path: pathlib.Path, blocks: list[Tensor]) -> None:
     from safetensors.torch import save
 
-    from ..compression.checkpoint import write_bytes
+    from ..cost import write_bytes
 
     tensors = {}
     for i, block in enumerate(blocks):

@@ -78,9 +78,8 @@ def compress_front(
         The reports, from loosest to tightest.
     """
     from ..compression import Budget, Recovery, front
-    from ..compression.checkpoint import write_bytes
     from ..compression.result import mark_verified
-    from ..cost import pinned_threads
+    from ..cost import pinned_threads, write_bytes
 
     budgets = budgets_between(Budget(**wanted.budget), count)
     model, task = load_model(wanted, folder=base), load_task(wanted, folder=base)

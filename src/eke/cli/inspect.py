@@ -64,8 +64,7 @@ def inspect(
     estimated to cost; then the channels that can be cut together, and what is left alone and why.
     """  # noqa: DOC501
     with session(as_json=as_json, debug=debug):
-        from ..compression.checkpoint import write_bytes
-        from ..cost import pinned_threads
+        from ..cost import pinned_threads, write_bytes
         from ..report import html as pages
 
         recipe = Recipe(model, data, task)

@@ -29,7 +29,7 @@ def report(
     In the terminal, as a page (--open, --out) or as JSON.
     """  # noqa: DOC501
     with session(as_json=as_json, debug=debug):
-        from ..compression.checkpoint import write_bytes
+        from ..cost import write_bytes
         from ..report import Document, html
 
         path = folder / "report.json" if folder.is_dir() else folder

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from .._errors import error_line
 from .._version import __version__
+from ..cost import read_tensors, write_tensors
 from ..patterns import Chain
 from ..sites import Site, Surgery, find, unwrap
 from ..structures import NM, Both, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
 from .blocks import leave_out_
 from .candidates import BlockKind
-from .checkpoint import read_json, read_tensors, sha256, write_json, write_tensors
+from .checkpoint import read_json, sha256, write_json
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
 from .factor import StandIn, factor_
 from .original import check_filled, check_module, private_copy

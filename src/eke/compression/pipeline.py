@@ -26,7 +26,7 @@ from .arguments import check_budgets
 from .artifact import Blueprint
 from .budget import Budget
 from .candidates import STRUCTURES
-from .checkpoint import Run, read_tensors, write_tensors
+from .checkpoint import Run
 from .checks import check_report
 from .deploy import set_memory_format_
 from .hidden import hints
@@ -308,7 +308,7 @@ def _recovered(job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *
     set_memory_format_(net, "channels_last")
     done = run.path(f"{stage}-done.safetensors")
     if done is not None and done.exists():
-        net.load_state_dict(read_tensors(done)[0])
+        net.load_state_dict(cost.read_tensors(done)[0])
     else:
         steps = job.recovery.steps
         recover_(
@@ -317,7 +317,7 @@ def _recovered(job: Job, space: Space, plan: Plan, lessons: Lessons, run: Run, *
             progress=lambda step, loss: job.progress("recover", step / steps, f"step {step}/{steps}, loss {loss:.4f}"),
         )  # fmt: skip
         if done is not None:
-            write_tensors(done, net.state_dict(), {})
+            cost.write_tensors(done, net.state_dict(), {})
     late = _deployed(job, net, form)
     lost = measure.drop_between(early, late, limit=None)
     if lost.points <= 0:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._errors import error_line, own_words
+from ..cost import read_tensors, write_tensors
 from ..sites import Site
 from ..structures import Exactness, Structure, Supported, UniformGrid, straight_through
 from ..training import run
 from .advice import describe
-from .checkpoint import read_tensors, write_tensors
 from .hidden import Hint, Watch, distance
 from .lessons import Lessons, distillation
 from .task import Forward

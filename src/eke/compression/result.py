@@ -13,6 +13,7 @@ from torch import nn
 
 from .._types import Counts, Quality, Samples
 from .._version import __version__
+from ..cost import write_bytes
 from ..report import (
     BudgetLine,
     Calibrated,
@@ -31,7 +32,7 @@ from ..report import (
 )
 from .artifact import Blueprint, save
 from .budget import RESOURCES, Budget, show
-from .checkpoint import together, write_bytes
+from .checkpoint import together
 from .measure import as_measured, as_score, drop_between
 from .plan import Plan
 

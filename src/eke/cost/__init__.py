@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .environment import Environment, environment
+from .files import read_tensors, write_bytes, write_tensors
 from .flops import flops, flops_by_module, register_flops
 from .latency import (
     FASTER_ABOVE,
@@ -38,6 +39,9 @@ __all__ = [
     "parameters",
     "peak_memory",
     "pinned_threads",
+    "read_tensors",
     "register_flops",
     "stored_bytes",
+    "write_bytes",
+    "write_tensors",
 ]

@@ -22,8 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import cost
@@ -229,14 +227,8 @@ class Curvature:
             "sites": {name: {key: getattr(f, key) for key in _NUMBERS} for name, f in self._factors.items()},
             "outputs": {name: dim for name, (_, dim) in self._outputs.items()},
         }
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        found = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if value is not None}
-        try:
-            save_file(found, partial, metadata={"format": _FORMAT, "about": json.dumps(about)})
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        found = {key: value for key, value in tensors.items() if value is not None}
+        cost.write_tensors(Path(path), found, {"format": _FORMAT, "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Curvature:
@@ -251,16 +243,15 @@ class Curvature:
         Raises:
             ValueError: if the file is something else.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
-            about = json.loads(metadata["about"])
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        held, metadata = cost.read_tensors(Path(path))
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
+        about = json.loads(metadata["about"])
         factors = {}
         for name, numbers in about["sites"].items():
             tensors = {key: held[f"{name}/{key}"] for key in _TENSORS}
             has_basis = f"{name}/basis/moments" in held
             basis = Basis(**{key: held[f"{name}/basis/{key}"] for key in _BASIS}) if has_basis else None
-            factors[name] = Factors(**tensors, **numbers, basis=basis, gradient=held.get(f"{name}/gradient"))
+            gradient = held.get(f"{name}/gradient")
+            factors[name] = Factors(**tensors, **numbers, basis=basis, gradient=gradient)  # type: ignore[arg-type]
         return cls(factors, {name: (held[f"{name}/output"], dim) for name, dim in about["outputs"].items()})

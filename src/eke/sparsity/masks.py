@@ -7,6 +7,7 @@ in as a parametrization that can be taken out again, and stored with one bit an 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._errors import suggest
+from ..cost import read_tensors, write_tensors
 
 _FORMAT = "eke masks 1"
 
@@ -144,13 +144,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Write the masks, one bit an entry, to a safetensors file, whole or not at all."""
         packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy().ravel())) for name, mask in self.items()}
         about = {name: list(mask.shape) for name, mask in self.items()}
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
-            save_file(packed, partial, metadata={"format": _FORMAT, "shapes": json.dumps(about)})
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(Path(path), packed, {"format": _FORMAT, "shapes": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
@@ -165,16 +159,13 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is something else.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
-            shapes = json.loads(metadata["shapes"])
-            found = {}
-            for name, shape in shapes.items():
-                count = int(np.prod(shape))
-                bits = np.unpackbits(file.get_tensor(name).numpy(), count=count)
-                found[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
+        packed, metadata = read_tensors(Path(path))
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{os.fspath(path)!r} is no {_FORMAT!r} file (format {metadata.get('format')!r}).")
+        found = {}
+        for name, shape in json.loads(metadata["shapes"]).items():
+            bits = np.unpackbits(packed[name].numpy(), count=math.prod(shape))
+            found[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
         return cls(found)
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
