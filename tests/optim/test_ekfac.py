@@ -500,6 +500,33 @@ def test_statistics_that_are_not_finite_keep_the_last_good_ones_and_warn_once():
     assert not torch.equal(held["0.weight"], net[0].weight)
 
 
+def test_a_first_step_without_good_statistics_changes_nothing_and_training_goes_on():
+    net, batches = mlp(), [batch() for _ in range(3)]
+    opt = EKFAC(net)
+    cross_entropy(net, *batches[0]).backward()
+    for calls in opt._capture._calls.values():
+        calls[:] = [(number, a, g * math.inf) for number, a, g in calls]
+    before = net[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step()
+    assert torch.equal(net[0].weight, before)
+    train(net, opt, batches)
+    assert bool(torch.isfinite(net[0].weight).all())
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_a_skipped_step_is_forgotten():
+    (x, y), skipped = batch(), batch()
+    nets = [mlp()]
+    nets.append(copy.deepcopy(nets[0]))
+    for index, net in enumerate(nets):
+        opt = EKFAC(net)
+        if index:
+            cross_entropy(net, *skipped).backward()
+        train(net, opt, [(x, y)])
+    torch.testing.assert_close(nets[1][0].weight, nets[0][0].weight, rtol=0, atol=1e-14)
+
+
 def test_long_sides_keep_the_identity():
     net, (x, y) = mlp(), batch()
     gradients = matrices(example_gradients(net, x, y), "0")

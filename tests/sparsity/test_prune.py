@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eke import sparsity
 from eke.sparsity import OBD, OBS, LinearModel, MaskSet, QuadraticModel, Wanda, WoodFisher, kept_after, magnitude, prune
 
 
@@ -298,10 +297,3 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
     with pytest.raises(ValueError, match="is no 'eke masks 1' file"):
         MaskSet.load(tmp_path / "x")
-
-
-def test_prune_in_place():
-    net = mlp()
-    masks = prune(net, magnitude, 0.5, steps=1)
-    sparsity.prune_(net, masks)
-    assert sum(int((m.weight != 0).sum()) for m in net if isinstance(m, nn.Linear)) == masks.kept

@@ -9,7 +9,7 @@ from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
 from .examples import Rows, Sharing, rows_of
 from .factors import Factors
 from .likelihood import Likelihood, pulls
-from .recorder import Call, Recorder
+from .recorder import Call, Recorder, private_copy
 from .sampled import sampled_loss
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Rows",
     "Sharing",
     "gauss_newton_diagonal",
+    "private_copy",
     "pulls",
     "rows_of",
     "sampled_loss",

@@ -14,7 +14,6 @@ activations, n^2 + m^2 + m n totals a site, 64 MB of patches, and the batches th
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 from .. import cost
 from .._errors import suggest
 from .._types import Batch, Loss
-from ..sites import Site, open_
+from ..sites import Site
 from .basis import Basis
 from .factors import Factors, output_quadratic
-from .recorder import Recorder
+from .recorder import Recorder, private_copy
 from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
 
 _TENSORS = ("a", "g", "mean")
@@ -89,10 +88,7 @@ class Curvature:
         refused = [site.name for site in sites if not site.visible]
         if refused:
             raise ValueError(f"Curvature needs sites whose inputs and outputs can be seen (`visible`), got {refused}.")
-        private = copy.deepcopy(model).eval().requires_grad_(False)
-        if not all(site.hookable for site in sites):
-            open_(private)
-            private.requires_grad_(False)
+        private = private_copy(model, sites)
         totals = [SiteTotals(site, max_locations) for site in sites]
         borders = [BoundaryTotals(name, dim) for name, dim in (outputs or {}).items()]
         seen, index = 0, -1

@@ -11,7 +11,6 @@ Source: Schraudolph, "Fast curvature matrix-vector products for second-order gra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .._types import Batch, Loss
-from ..sites import Site, open_
+from ..sites import Site
 from .examples import rows_of
-from .recorder import Call, Recorder
+from .recorder import Call, Recorder, private_copy
 from .totals import weight_gradient
 
 Fisher = Literal["empirical", "mc", "exact"]
@@ -72,10 +71,7 @@ def gauss_newton_diagonal(
     hidden = [site.name for site in sites if not site.visible]
     if hidden:
         raise ValueError(f"Derivatives need sites whose inputs and outputs can be seen (`visible`), got {hidden}.")
-    private = copy.deepcopy(model).eval().requires_grad_(False)
-    if not all(site.hookable for site in sites):
-        open_(private)
-        private.requires_grad_(False)
+    private = private_copy(model, sites)
     sums = {site.name: torch.zeros(site.shape, dtype=torch.float64) for site in sites}
     squares = {site.name: torch.zeros(site.shape, dtype=torch.float64) for site in sites}
     seen = 0

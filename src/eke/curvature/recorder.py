@@ -8,6 +8,7 @@ kept, so it takes no memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._types import Batch, Loss
+from ..sites import Site, open_
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class _Place:
     edge: GradientEdge
     output: Tensor
     device: torch.device
+
+
+def private_copy(model: nn.Module, sites: Iterable[Site]) -> nn.Module:
+    """Return a copy in eval mode whose parameters need no gradient, opened where modules hide some of the sites."""
+    private = copy.deepcopy(model).eval()
+    if not all(site.hookable for site in sites):
+        open_(private)
+    return private.requires_grad_(False)
 
 
 class Recorder:

@@ -178,6 +178,11 @@ class EKFAC(torch.optim.Optimizer):
         self._capture.clear()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and what was seen since the last step (a step may have been skipped)."""
+        super().zero_grad(set_to_none)
+        self._capture.clear()
+
     def observe(
         self, outputs: Tensor, *, likelihood: Likelihood = "categorical", generator: torch.Generator | None = None
     ) -> None:
@@ -228,11 +233,12 @@ class EKFAC(torch.optim.Optimizer):
         return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
 
     def _step_layers(self, group: dict[str, Any], weights: Tensor | None) -> None:
-        moves = []
+        moves: list[Any] = []
         for parameter in group["params"]:
             layer = self._layers.get(id(parameter))
             if layer is not None and parameter.grad is not None:
                 moves.append(self._watch(layer, group, weights))
+        moves = [move for move in moves if move is not None]
         if not moves:
             return
         lr, damping, clip = group["lr"], group["damping"], group["kl_clip"]
@@ -253,9 +259,9 @@ class EKFAC(torch.optim.Optimizer):
             back = turn(direction, state.get("g_basis"), state.get("a_basis"))
             move.layer.change_(back, lr * share * unit, decay=lr * group["weight_decay"])
 
-    def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> _Move:
-        """Bring a layer's statistics up to date and give its gradient in the basis, with momentum. A layer that was
-        never seen raises RuntimeError.
+    def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> _Move | None:
+        """Bring a layer's statistics up to date and give its gradient in the basis, with momentum; None where there are
+        no good statistics yet. A layer that was never seen raises RuntimeError.
         """  # noqa: D205, DOC201, DOC501
         state = self.state[layer.weight]
         calls = [call for module in layer.modules for call in self._capture.take(module)]
@@ -283,6 +289,8 @@ class EKFAC(torch.optim.Optimizer):
         found = turned.gradient() if known and turned else turn(gradient, _t(g_basis), _t(a_basis))
         if turned is not None and rows is not None:
             self._update_moments(state, turned, found, rows.examples)
+        if "moments" not in state:
+            return None
         return _Move(layer, _averaged(state, found, group["momentum"]), state["moments"])
 
     def _update_basis(self, layer: Layer, state: dict[str, Any], rows: Rows | None) -> None:
@@ -310,7 +318,7 @@ class EKFAC(torch.optim.Optimizer):
                 basis = refreshed(new, old, how=self.refresh, tolerance=self.tolerance)
                 if basis is not None:
                     state[f"{key}_basis"] = basis
-                    turns[key] = None if old is None else basis.mT @ old
+                    turns[key] = basis.mT if old is None else basis.mT @ old
         if "moments" in state and any(t is not None for t in turns.values()):
             square = {key: None if t is None else t.square() for key, t in turns.items()}
             state["moments"] = turn(state["moments"], square["g"], square["a"])

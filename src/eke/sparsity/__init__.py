@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .criteria import OBD, OBS, Criterion, LinearModel, LossModel, QuadraticModel, Wanda, WoodFisher, magnitude
 from .masks import MaskSet, PruneStep
-from .prune import kept_after, prune, prune_
+from .prune import kept_after, prune
 
 __all__ = [
     "OBD",
@@ -20,5 +20,4 @@ __all__ = [
     "kept_after",
     "magnitude",
     "prune",
-    "prune_",
 ]

@@ -21,8 +21,7 @@ al., "Revisiting loss modelling for unstructured pruning", 2020; Singh, Alistarh
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 from .._errors import suggest
 from .._types import Batch, Loss
-from ..curvature import Diagonal, Fisher, Recorder, gauss_newton_diagonal, rows_of
-from ..sites import Site, find, open_
+from ..curvature import Call, Diagonal, Fisher, Recorder, gauss_newton_diagonal, private_copy, rows_of
+from ..sites import Site, find
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[nn.Module, Sequence[str]], Mapping[str, Tensor]]
@@ -40,7 +39,7 @@ Criterion = Callable[[nn.Module, Sequence[str]], Mapping[str, Tensor]]
 
 def magnitude(model: nn.Module, names: Sequence[str]) -> Scores:
     """Return w^2 for the named parameters."""
-    return {name: chosen(model, names)[name].detach().square() for name in names}
+    return {name: weight.detach().square() for name, weight in chosen(model, names).items()}
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,7 @@ class WoodFisher:
         """Return the scores of the named parameters."""
         chosen(model, names)
         sites = _sites_of(model, names)
-        total = sum(
-            len(gradients) for gradients in _example_gradients(model, self.loss, self.batches, sites, first=True)
-        )
+        total = sum(samples for _, samples in _passes(model, self.loss, self.batches, sites))
         inverses: dict[str, Tensor] = {}
         for gradients in _example_gradients(model, self.loss, self.batches, sites):
             for name, each in gradients.items():
@@ -230,27 +227,26 @@ def _sites_of(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
     return {name: known[name] for name in names}
 
 
-def _recorded(model: nn.Module, sites: Iterable[Site]) -> tuple[nn.Module, Recorder]:
-    private = copy.deepcopy(model).eval().requires_grad_(False)
-    sites = list(sites)
-    if not all(site.hookable for site in sites):
-        open_(private)
-        private.requires_grad_(False)
-    return private, Recorder(private, [site.boundary for site in sites])
+def _passes(
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site]
+) -> Iterator[tuple[dict[str, list[Call]], int]]:
+    """Yield the calls of each parameter's module and the number of samples, batch by batch."""
+    with Recorder(private_copy(model, sites.values()), [site.boundary for site in sites.values()]) as recorder:
+        for index, batch in enumerate(batches):
+            with torch.enable_grad():
+                calls, samples = recorder.run(loss, batch, index)
+            yield {name: calls.get(site.boundary, []) for name, site in sites.items()}, samples
 
 
 def _input_moments(model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site]) -> Scores:
     """Return sums of a a^T (groups, n, n) over all samples and locations, float64."""  # noqa: DOC501
     sums: Scores = {}
-    _, recorder = _recorded(model, sites.values())
-    with recorder, torch.enable_grad():
-        for index, batch in enumerate(batches):
-            calls, _ = recorder.run(loss, batch, index)
-            for name, site in sites.items():
-                for call in calls.get(site.boundary, []):
-                    a = site.inputs_to_rows(call.x).permute(2, 0, 1, 3).flatten(1, 2)
-                    moment = (a.mT @ a).double()
-                    sums[name] = moment if name not in sums else sums[name] + moment
+    for calls, _ in _passes(model, loss, batches, sites):
+        for name, site in sites.items():
+            for call in calls[name]:
+                a = site.inputs_to_rows(call.x).permute(2, 0, 1, 3).flatten(1, 2)
+                moment = (a.mT @ a).double()
+                sums[name] = moment if name not in sums else sums[name] + moment
     unused = [name for name in sites if name not in sums]
     if unused:
         raise ValueError(f"The loss does not use {unused}; leave them out of names=.")
@@ -258,22 +254,16 @@ def _input_moments(model: nn.Module, loss: Loss, batches: Iterable[Batch], sites
 
 
 def _example_gradients(
-    model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site], *, first: bool = False
-) -> Iterable[dict[str, Tensor]]:
-    """Yield gradients (examples, entries) by name for each batch; with `first` a stand-in of that length alone."""
-    _, recorder = _recorded(model, sites.values())
-    with recorder, torch.enable_grad():
-        for index, batch in enumerate(batches):
-            calls, samples = recorder.run(loss, batch, index)
-            if first:
-                yield {str(number): torch.empty(0) for number in range(samples)}
-                continue
-            found = {}
-            for name, site in sites.items():
-                here = [((0, 0), call.x, call.gradient) for call in calls.get(site.boundary, [])]
-                rows = rows_of(site, here, bias=False, sharing="sum", mean=True, loss_scale=1.0, weights=None)
-                found[name] = (rows.g.mT @ rows.a).transpose(0, 1).flatten(1)
-            yield found
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield gradients (examples, entries) by name, batch by batch."""
+    for calls, _ in _passes(model, loss, batches, sites):
+        found = {}
+        for name, site in sites.items():
+            here = [((0, 0), call.x, call.gradient) for call in calls[name]]
+            rows = rows_of(site, here, bias=False, sharing="sum", mean=True, loss_scale=1.0, weights=None)
+            found[name] = (rows.g.mT @ rows.a).transpose(0, 1).flatten(1)
+        yield found
 
 
 def _blocked(gradients: Tensor, block: int) -> Tensor:

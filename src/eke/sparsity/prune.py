@@ -137,11 +137,6 @@ def prune(
     return MaskSet({name: mask.clone() for name, mask in masks.items()}, tuple(history))
 
 
-def prune_(model: nn.Module, masks: MaskSet) -> None:
-    """Set to 0 what the masks do not keep, in place."""
-    masks.apply_(model)
-
-
 @torch.no_grad()
 def mean_loss(model: nn.Module, criterion: LossModel) -> float:
     """Return the mean of a criterion's loss over its batches, in eval mode."""
