@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 
 import pytest
@@ -395,30 +394,6 @@ def test_choice_without_the_kernel(monkeypatch):
             torch.testing.assert_close(y.double(), wanted.T, rtol=0, atol=1e-5)
             y = ops.ks_chain_matmul(x, [blocks], activation=torch.relu)
             torch.testing.assert_close(y.double(), wanted.relu(), rtol=0, atol=1e-5)
-
-
-def test_a_missing_kernel_is_said_once(monkeypatch, caplog, tmp_path):
-    native.library.cache_clear()
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert native.library() is None
-            assert native.library() is None
-    finally:
-        native.library.cache_clear()
-    assert caplog.text.count("no compiled kernel was found") == 1
-
-
-def test_a_kernel_that_cannot_be_loaded_is_named(monkeypatch, caplog, tmp_path):
-    (tmp_path / "_cpu.so").write_text("not a library")
-    native.library.cache_clear()
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert native.library() is None
-    finally:
-        native.library.cache_clear()
-    assert "_cpu.so cannot be loaded" in caplog.text
 
 
 @needs_kernel

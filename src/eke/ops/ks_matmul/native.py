@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import struct
 from collections.abc import Sequence
-from importlib import machinery
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_LOGGER = logging.getLogger(__name__)
+from ..compiled import load
+
 LONGEST = 64
 """Factors that one call takes."""
 _FIRST, _LAST = 0, 1
@@ -37,40 +36,25 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library, or None where it was not compiled (said once in the log).
     """
-    # Another Python's build may lie beside this one's.
-    for path in (Path(__file__).parent / f"_cpu{suffix}" for suffix in machinery.EXTENSION_SUFFIXES):
-        if not path.exists():
-            continue
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError as error:
-            _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
-            continue
-        number, address = ctypes.c_int64, ctypes.c_void_p
-        if not hasattr(loaded, "eke_ks_keep"):
-            _LOGGER.warning("The compiled kernel %s belongs to an older version; build it anew.", path.name)
-            continue
-        loaded.eke_ks_forward.argtypes = (
-            ctypes.c_int, number, number, number, number, address, number, address, number, number, address, address,
-            number,
-        )  # fmt: skip
-        loaded.eke_ks_gradient.argtypes = (
-            ctypes.c_int, number, number, number, address, number, address, number, address, number, number, number,
-            number,
-        )  # fmt: skip
-        loaded.eke_ks_keep.argtypes = (
-            ctypes.c_int, number, number, number, number, address, number, number, address,
-        )  # fmt: skip
-        loaded.eke_ks_keep.restype = address
-        loaded.eke_ks_kept.argtypes = (address, number, address, address, address)
-        loaded.eke_ks_drop.argtypes, loaded.eke_ks_drop.restype = (address,), None
-        return loaded
-    _LOGGER.warning(
-        "Kronecker-sparse products run on torch's own operations: no compiled kernel was found in %s. "
-        "Install eke where a C++ compiler is present to have it built.",
-        Path(__file__).parent,
-    )
-    return None
+    loaded = load(Path(__file__).parent, "eke_ks_keep", what="Kronecker-sparse products")
+    if loaded is None:
+        return None
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    loaded.eke_ks_forward.argtypes = (
+        ctypes.c_int, number, number, number, number, address, number, address, number, number, address, address,
+        number,
+    )  # fmt: skip
+    loaded.eke_ks_gradient.argtypes = (
+        ctypes.c_int, number, number, number, address, number, address, number, address, number, number, number,
+        number,
+    )  # fmt: skip
+    loaded.eke_ks_keep.argtypes = (
+        ctypes.c_int, number, number, number, number, address, number, number, address,
+    )  # fmt: skip
+    loaded.eke_ks_keep.restype = address
+    loaded.eke_ks_kept.argtypes = (address, number, address, address, address)
+    loaded.eke_ks_drop.argtypes, loaded.eke_ks_drop.restype = (address,), None
+    return loaded
 
 
 @functools.cache

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 from collections.abc import Sequence
-from importlib import machinery
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_LOGGER = logging.getLogger(__name__)
-
+from ..compiled import load
 
 _SMALL = 2**16
 """Entries up to which one thread is faster than several."""
@@ -30,26 +27,15 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library, or None where it was not compiled (said once in the log).
     """
-    for path in (Path(__file__).parent / f"_cpu{suffix}" for suffix in machinery.EXTENSION_SUFFIXES):
-        if not path.exists():
-            continue
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError as error:
-            _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
-            continue
-        number, address = ctypes.c_int64, ctypes.c_void_p
-        loaded.eke_pair_splits.argtypes = (
-            ctypes.c_int, address, ctypes.c_int, number, number, number, number, address, address, address,
-            ctypes.c_int,
-        )  # fmt: skip
-        return loaded
-    _LOGGER.warning(
-        "Factorizations run on torch's own operations: no compiled kernel was found in %s. Install eke where a C++ "
-        "compiler is present to have it built.",
-        Path(__file__).parent,
-    )
-    return None
+    loaded = load(Path(__file__).parent, "eke_pair_splits", what="Factorizations")
+    if loaded is None:
+        return None
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    loaded.eke_pair_splits.argtypes = (
+        ctypes.c_int, address, ctypes.c_int, number, number, number, number, address, address, address,
+        ctypes.c_int,
+    )  # fmt: skip
+    return loaded
 
 
 def available(values: Tensor) -> bool:

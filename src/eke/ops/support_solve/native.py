@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-from importlib import machinery
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..compiled import load
 from .reference import reference
 
-_LOGGER = logging.getLogger(__name__)
 _SMALL = 2**18
 """Multiplications up to which one thread is faster than several."""
 _ROUNDING = 10
@@ -27,22 +25,15 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library, or None where it was not compiled (said once in the log).
     """
-    folder = Path(__file__).parent
-    found = [path for path in (folder / f"_cpu{suffix}" for suffix in machinery.EXTENSION_SUFFIXES) if path.exists()]
-    for path in found:
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError as error:
-            _LOGGER.warning("The compiled kernel %s cannot be loaded (%s).", path.name, error)
-            continue
-        whole, number, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-        numbers = (number, number, number)
-        loaded.eke_support_solve.argtypes = (
-            whole, whole, *numbers, address, address, address, address, address, ctypes.c_double, whole,
-        )  # fmt: skip
-        return loaded
-    _LOGGER.warning("Exact sparse solvers run on torch's own operations: no compiled kernel was found in %s.", folder)
-    return None
+    loaded = load(Path(__file__).parent, "eke_support_solve", what="Exact sparse solvers")
+    if loaded is None:
+        return None
+    whole, number, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    numbers = (number, number, number)
+    loaded.eke_support_solve.argtypes = (
+        whole, whole, *numbers, address, address, address, address, address, ctypes.c_double, whole,
+    )  # fmt: skip
+    return loaded
 
 
 def available(gram: Tensor) -> bool:
