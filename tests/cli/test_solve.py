@@ -52,8 +52,10 @@ def test_lasso_comes_with_its_optimality(eke, files):
 )
 def test_solvers_are_run_by_name(eke, files, options, name):
     shown = eke("solve", files / "A.npy", files / "b.npy", *options).stdout
-    assert f"solver                  {name}" in shown
-    assert "residual over b worst" in shown
+    lines = dict(line.split("  ", 1) for line in shown.splitlines())
+    assert lines["solver"].strip() == name
+    assert float(lines["residual over b worst"]) >= 0
+    assert ("noise over b worst" in lines) == (name == "VAMP")
 
 
 @pytest.mark.parametrize(
@@ -70,12 +72,61 @@ def test_contradictions_are_refused(eke, files, options, says):
     assert says in " ".join(said.stderr.split())
 
 
+def test_long_names_stand_apart_from_their_numbers(eke, files):
+    shown = eke("solve", files / "A.npy", files / "one.npy", "--penalty", "0.05").stdout
+    for name in ("violation over penalty worst", "duality gap over objective worst"):
+        line = next(line for line in shown.splitlines() if line.startswith(name))
+        assert line[len(name)] == " "
+        assert 0 <= float(line[len(name) :]) < 1e-4
+
+
+def test_message_passing_that_takes_most_of_b_for_noise_shows_it(eke, tmp_path):
+    k = np.arange(64)
+    a = np.cos(np.pi * (k[:, None] + 0.5) * np.arange(256) / 256)
+    a /= np.linalg.norm(a, axis=0)
+    rng = np.random.default_rng(0)
+    x = (rng.random((60, 256)) < 0.2) * rng.standard_normal((60, 256))
+    np.save(tmp_path / "A.npy", a)
+    np.save(tmp_path / "b.npy", x @ a.T)
+    found = json.loads(eke("solve", tmp_path / "A.npy", tmp_path / "b.npy", "--solver", "vamp", "--json").stdout)
+    assert found["diverged"] < 60
+    assert found["noise_over_b_worst"] > 0.3
+
+
+def test_numbers_of_other_sizes_keep_their_values(eke, files):
+    a, b = np.load(files / "A.npy"), np.load(files / "b.npy")
+    for dtype, factor in ((np.float16, 1), (np.int64, 100), (np.clongdouble, 1 + 2j)):
+        small_b = (b * factor).astype(dtype)
+        np.save(files / "other.npy", small_b)
+        eke(
+            "solve",
+            files / "A.npy",
+            files / "other.npy",
+            "--solver",
+            "omp",
+            "--sparsity",
+            "60",
+            "--out",
+            files / "x2.npy",
+        )
+        np.testing.assert_allclose(np.load(files / "x2.npy") @ a.T, small_b.astype(np.complex128), atol=1e-8)
+
+
+def test_answers_without_a_folder_are_refused_before_the_work(eke, files):
+    said = eke("solve", files / "A.npy", files / "b.npy", "--out", files / "nowhere" / "x.npy", code=2)
+    assert "there is no folder" in " ".join(said.stderr.split())
+    assert "FISTA" not in said.stderr
+    assert "choose" not in said.stderr
+
+
 def test_files_of_other_things_are_refused(eke, files):
     (files / "text.npy").write_text("hello")
+    (files / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
     np.save(files / "words.npy", np.array(["a"]))
     np.save(files / "deep.npy", np.zeros((2, 2, 2, 2)))
     for name, says in (
         ("text", "no file of numbers"),
+        ("zip", "no file of numbers"),
         ("words", "an array of numbers"),
         ("deep", "A (m, n) or (batch, m, n)"),
     ):

@@ -64,6 +64,8 @@ def solve(
 
         from ..cost import pinned_threads
 
+        if out is not None and not out.absolute().parent.is_dir():
+            raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first.")
         a, b = _read(matrix), _read(right)
         if a.ndim not in (2, 3) or b.ndim not in (1, 2):
             raise UsageError(
@@ -92,7 +94,7 @@ def solve(
         emit(answer)
         return
     for key, value in answer.items():
-        typer.echo(f"{key.replace('_', ' '):<24}{value}")
+        typer.echo(f"{key.replace('_', ' '):<34}{value}")
     if out is not None:
         typer.echo(str(out))
 
@@ -159,6 +161,10 @@ def _answer(a: Tensor, b: Tensor, found: Solution, choice: Choice, penalty: floa
         "residual_over_b_median": float((found.residual / size).median()),
         "residual_over_b_worst": float((found.residual / size).max()),
     }
+    if "noise_variance" in found.details:
+        # message passing that settles on nonsense takes most of b for noise
+        noise = (b.shape[1] * found.details["noise_variance"]).sqrt()
+        answer["noise_over_b_worst"] = float((noise / size).max())
     if penalty:
         near = optimality(a, b, found.x, penalty=penalty)
         answer["violation_over_penalty_worst"] = float(near.violation.max())
@@ -167,21 +173,25 @@ def _answer(a: Tensor, b: Tensor, found: Solution, choice: Choice, penalty: floa
 
 
 def _read(path: pathlib.Path) -> Tensor:
-    """Return the numbers of a file, whole and short ones in double precision."""  # noqa: DOC501
+    """Return the numbers of a file, those of another size in double precision."""  # noqa: DOC501
+    import zipfile
+
     import numpy as np
     import torch
 
     # Without pickle nothing in the file can run.
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no file of numbers as numpy.save writes it; save it again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iubfc":
         raise UsageError(
             f"solve needs an array of numbers in {path}, got {getattr(array, 'dtype', type(array).__name__)}."
         )
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(native if native.dtype in ("f4", "f8", "c8", "c16") else native.astype(np.float64))
+    if native.dtype not in ("f4", "f8", "c8", "c16"):
+        native = native.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+    return torch.from_numpy(native)
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
