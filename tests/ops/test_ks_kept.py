@@ -227,6 +227,29 @@ def test_entries_of_another_type_in_the_same_memory_are_refused(pattern, last):
         call(x, blocks, last)
 
 
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.bfloat16, 20), (torch.float32, 300)])
+def test_entries_changed_between_copy_and_sum_are_not_kept(dtype, batch, monkeypatch):
+    """As another thread may do: bfloat16 is widened, and neighbours are multiplied, before their bytes are summed."""
+    factors = [torch.ones(1, 2, 2, 2, dtype=dtype), torch.ones(2, 2, 2, 1, dtype=dtype)]
+    x = torch.ones(batch, 4, dtype=dtype)
+    merge, calls = choose.merge_neighbours, []
+
+    def changed_after(copies, rows):
+        merged = merge(copies, rows)
+        calls.append(rows)
+        if len(calls) == 3:  # met, multiplied, and now packed
+            factors[0].fill_(3)
+        return merged
+
+    monkeypatch.setattr(choose, "merge_neighbours", changed_after)
+    for _ in range(2):
+        ops.ks_chain_matmul(x, factors)
+    assert factors[0][0, 0, 0, 0] == 3
+    for _ in range(3):
+        assert (ops.ks_chain_matmul(x, factors) == 12).all()
+    assert kept.KNOWN[kept.chain_key(factors, batch, False)].packed is not None
+
+
 def test_other_threads_pack_anew():
     x, blocks = sample((4, 64, 64, 1), 600)
     threads = torch.get_num_threads()

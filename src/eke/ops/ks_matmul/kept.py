@@ -236,6 +236,15 @@ def meet(
         if all(_span(t) <= 2 * t.numel() for t in tensors):
             KNOWN[key] = Kept(tensors, key)
     elif known.packed is None:
-        factors = [t.detach().float() for t in tensors]  # aliases: the tensors themselves must be free to go
-        factors = choose.merge_neighbours(factors, batch)[::-1]
-        known.packed = Packed(factors, tensors, dtype=x.dtype, batch_last=batch_last, relu=relu)
+        factors = _factors(tensors, batch)
+        packed = Packed(factors, tensors, dtype=x.dtype, batch_last=batch_last, relu=relu)
+        # What was copied before the sums may be older than they are, if another thread changed the entries meanwhile.
+        again = _factors(tensors, batch)
+        if all(torch.equal(f.view(torch.int32), g.view(torch.int32)) for f, g in zip(factors, again)):
+            known.packed = packed
+
+
+def _factors(tensors: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """Return what the kernel packs, the factor applied first at the start: aliases where nothing has to be computed."""
+    # Detached: the tensors themselves must be free to go.
+    return choose.merge_neighbours([t.detach().float() for t in tensors], batch)[::-1]
