@@ -237,7 +237,7 @@ def test_entries_changed_between_copy_and_sum_are_not_kept(dtype, batch, monkeyp
     def changed_after(copies, rows):
         merged = merge(copies, rows)
         calls.append(rows)
-        if len(calls) == 3:  # met, multiplied, and now packed
+        if len(calls) == 2:  # multiplied, and now to be packed
             factors[0].fill_(3)
         return merged
 
