@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eke.unrolled import HyperLISTA, hard_threshold, nmse_db, symmetric_weight, tune_hyperlista
+from eke.unrolled import HyperLISTA, gaussian, hard_threshold, nmse_db, symmetric_weight, tune_hyperlista
 
 from .cases import small, standard
 
@@ -62,6 +62,13 @@ def test_standard_problem_is_solved_as_published_here():
     ]
     assert [nmse_db(step, x) for step in found] == pytest.approx(expected, abs=0.051)
     assert nmse_db(HyperLISTA(a.float())(b.float()), x) <= -91
+
+
+@pytest.mark.parametrize(("m", "n", "density"), [(60, 120, 0.08), (100, 200, 0.05), (400, 800, 0.1)])
+def test_usual_numbers_follow_the_size(m, n, density):
+    generator = torch.Generator().manual_seed(1)
+    problem = gaussian(m, n, density, batch=100, dtype=torch.float64, generator=generator)
+    assert problem.nmse_db(HyperLISTA(problem.A)(problem.b)) < -65
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.3, 1e5])

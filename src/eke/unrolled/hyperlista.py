@@ -30,7 +30,7 @@ from .weights import symmetric_weight
 _CHUNK = 1024
 """Samples that go through all layers together: their tensors stay in the cache."""
 
-C1, C2, C3 = 0.0132747, 0.004, 0.3
+_C1, _C2, _C3, _N = 0.0132747, 0.004, 0.3, 500
 """Found by a grid search on 250 x 500 normal dictionaries, 10 % nonzeros, no noise; see `tune_hyperlista`."""
 
 
@@ -60,8 +60,8 @@ class HyperLISTA(SparseSolver):
 
     Args:
         A: (m, n), (batch, m, n) or an operator that can be written out.
-        c1: Threshold over the estimated error, >= 0; about 7 / n.
-        c2: Momentum over the number of nonzeros, >= 0; about 0.2 over the nonzeros expected.
+        c1: Threshold over the estimated error, >= 0; None for 6.6 / n.
+        c2: Momentum over the number of nonzeros, >= 0; None for 2 / n, about 0.2 over the nonzeros expected.
         c3: Growth of the support with the logarithm of the error, >= 0.
         layers: Layers.
         gamma: Step.
@@ -76,15 +76,17 @@ class HyperLISTA(SparseSolver):
         self,
         A: Tensor | Operator,
         *,
-        c1: float = C1,
-        c2: float = C2,
-        c3: float = C3,
+        c1: float | None = None,
+        c2: float | None = None,
+        c3: float = _C3,
         layers: int = 16,
         gamma: float = 1.0,
         weight: Tensor | None = None,
         pinv: bool = False,
     ) -> None:
         super().__init__(as_operator(A), iterations=layers)
+        usual = usual_numbers(self.operator.shape[1])
+        c1, c2 = usual[0] if c1 is None else c1, usual[1] if c2 is None else c2
         for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gamma", gamma)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"HyperLISTA's {name} must be a finite number, 0 or more, got {value!r}.")
@@ -167,6 +169,11 @@ class HyperLISTA(SparseSolver):
             inner = weights.adjoint(operator.forward(x) - b)
         new = layer(x, last, inner, first=first, numbers=(self.c1, self.c2, self.c3), gamma=self.gamma)
         return new, x, b, inner, first, *own
+
+
+def usual_numbers(n: int) -> tuple[float, float, float]:
+    """Return c1, c2 and c3 for n unknowns: |A^+ r|_1 and |x|_0 grow with n, so c1 and c2 fall with it."""
+    return _C1 * (_N / n), _C2 * (_N / n), _C3
 
 
 def layer(x: Tensor, last: Tensor, inner: Tensor, *, first: Tensor, numbers: Numbers, gamma: float = 1.0) -> Tensor:

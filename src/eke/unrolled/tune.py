@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fit import check_pairs
-from .hyperlista import C1, C2, C3, HyperLISTA, Tuning, layer, size_of
+from .hyperlista import HyperLISTA, Tuning, layer, size_of, usual_numbers
 from .operators import Operator
 
 _ROWS = 1024
@@ -104,7 +104,7 @@ class _Search:
         unit = sobol.draw(count + 1, dtype=torch.float64)[1:]
         c1 = (unit[:, 0] * math.log(20)).exp() / self.n
         spread = torch.stack([c1, unit[:, 1] * 0.5 / self.nonzeros, unit[:, 2]], 1)
-        return torch.cat([torch.tensor([[C1, C2, C3]], dtype=torch.float64), spread])
+        return torch.cat([torch.tensor([usual_numbers(self.n)], dtype=torch.float64), spread])
 
     def near(self, numbers: Tensor, width: float) -> Tensor:
         """Return candidates and neighbours of each: relative ones of c1, c2 and c3 on the scales of the box."""
