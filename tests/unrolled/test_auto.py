@@ -18,6 +18,16 @@ def test_random_dictionaries_are_solved_by_message_passing():
     assert problem.nmse_db(choice.solver.solve(problem.b, tolerance=choice.tolerance).x) < -200
 
 
+def test_samples_of_zeros_say_nothing_against_message_passing():
+    problem = gaussian(100, 200, 0.05, batch=40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = problem.b * (torch.arange(40) % 3 != 0)[:, None]
+    choice = choose(problem.A, b)
+    assert isinstance(choice.solver, VAMP)
+    assert "holds on 16 samples" in choice.reason
+    assert bool((choice.solver(b)[::3] == 0).all())
+    assert bool((choose(problem.A, 0 * b).solver(0 * b) == 0).all())
+
+
 def test_noise_does_not_send_message_passing_away():
     problem = gaussian(100, 200, 0.1, batch=20, snr_db=20, generator=torch.Generator().manual_seed(0))
     assert isinstance(choose(problem.A, problem.b).solver, VAMP)
@@ -72,3 +82,7 @@ def test_contradictions_are_refused():
         choose(a, b, penalty=0.1, sparsity=3)
     with pytest.raises(ValueError, match="penalties above 0, got 0"):
         optimality(a, b, x, penalty=0.0)
+    with pytest.raises(ValueError, match=r"^x must be \(batch, n\) = \(batch, 30\).*got \(6, 20\)"):
+        optimality(a, b, b, penalty=0.1)
+    with pytest.raises(ValueError, match="x has 2 samples and b 6"):
+        optimality(a, b, x[:2], penalty=0.1)

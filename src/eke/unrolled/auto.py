@@ -82,8 +82,9 @@ def choose(
     if isinstance(operator, Dense):
         polish = _POLISH if exact else 0
         solver = VAMP(operator, iterations=20, polish=polish)
-        if _passes(operator, b):
-            return Choice(solver, None, f"message passing holds on {min(_TRIED, len(b))} samples tried")
+        rows = (b != 0).any(-1).nonzero().squeeze(-1)[:_TRIED]  # zeros say nothing
+        if not len(rows) or _passes(operator.select(rows), b[rows]):
+            return Choice(solver, None, f"message passing holds on {len(rows)} samples tried")
         reason = "message passing failed on samples tried, as it does for coherent dictionaries"
     else:
         reason = "the operator has no matrix at hand"
@@ -92,13 +93,12 @@ def choose(
     return Choice(small, 1e-7, f"{reason}: the lasso with a penalty of {_SMALL:g} of the largest")
 
 
-def _passes(operator: Dense, b: Tensor) -> bool:
-    """Return whether message passing holds on the first samples, by what it says of itself."""
-    rows = torch.arange(min(_TRIED, len(b)), device=b.device)
+def _passes(operator: Operator, b: Tensor) -> bool:
+    """Return whether message passing holds, by what it says of itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # divergence is what is being tried
-        found = VAMP(operator.select(rows), iterations=20).solve(b[rows])
-    size = torch.linalg.vector_norm(b[rows], dim=-1)
+        found = VAMP(operator, iterations=20).solve(b)
+    size = torch.linalg.vector_norm(b, dim=-1)
     noise = (operator.shape[0] * found.details["noise_variance"]).sqrt()
     error = (operator.shape[1] * found.details["posterior_variance"]).sqrt()
     explained = (found.residual <= 2 * noise + 1e-3 * size) & (noise <= size)
@@ -134,11 +134,13 @@ def optimality(A: Tensor | Operator, b: Tensor, x: Tensor, *, penalty: Penalty) 
         The report.
 
     Raises:
-        ValueError: if a penalty is not positive.
+        ValueError: if a penalty is not positive, or b and x do not fit.
     """
     operator = as_operator(A)
     check_vector(operator, b, "b")
-    check_vector(operator, x, "x0")
+    check_vector(operator, x, "x")
+    if len(x) != len(b):
+        raise ValueError(f"x has {len(x)} samples and b {len(b)}.")
     weight = penalty_column(penalty, b)
     if not bool((weight > 0).all()):
         raise ValueError(f"optimality needs penalties above 0, got {float(weight.min()):g}.")

@@ -264,6 +264,6 @@ def check_pairs(operator: Operator, x: Tensor, b: Tensor) -> None:
     if operator.batch is not None:
         raise ValueError(f"Training needs one A for all samples, got one for each of {operator.batch}.")
     check_vector(operator, b, "b")
-    check_vector(operator, x, "x0")
+    check_vector(operator, x, "x")
     if len(x) != len(b):
         raise ValueError(f"x has {len(x)} samples and b {len(b)}.")

@@ -337,12 +337,12 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def check_vector(operator: Operator, v: Tensor, name: str) -> None:
-    """Check a batch of right-hand sides ("b") or of solutions ("x0") against an operator.
+    """Check a batch of right-hand sides ("b") or of solutions ("x", "x0") against an operator.
 
     Args:
         operator: What it is for.
-        v: (batch, m) for b, (batch, n) for x0.
-        name: "b" or "x0".
+        v: (batch, m) for b, (batch, n) otherwise.
+        name: "b", "x" or "x0".
 
     Raises:
         TypeError: if it is no tensor, or its dtype is not the operator's.
