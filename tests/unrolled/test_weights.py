@@ -222,3 +222,12 @@ def test_wrong_coherence_is_refused():
         coherence(random(2, 3, 4))
     with pytest.raises(ValueError, match=r"must have A's shape \(3, 4\), got \(4, 3\)"):
         coherence(random(3, 4), random(4, 3))
+
+
+def test_columns_that_repeat_with_other_lengths_have_no_symmetric_weight():
+    a = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    twice = torch.cat([a, -2 * a[:, :1]], 1)
+    with pytest.raises(ValueError, match=r"no answer for A of shape \(6, 10\): the diagonal is off by 0\..*normalize"):
+        symmetric_weight(twice, pinv=True)
+    product = symmetric_weight(torch.cat([a, -a[:, :1]], 1), pinv=True).T @ torch.cat([a, -a[:, :1]], 1)
+    torch.testing.assert_close(product.diagonal(), torch.ones(10, dtype=torch.float64))

@@ -52,7 +52,7 @@ def symmetric_weight(A: Tensor | Operator, *, pinv: bool = False) -> Tensor:
 
     Raises:
         ValueError: if A has a rank below m or columns that repeat (up to a factor) without `pinv`, a column of zeros,
-            entries that are not finite, or no positive semidefinite Q fits.
+            entries that are not finite, columns that repeat with other lengths, or no positive semidefinite Q fits.
     """
     a, dtype = _wide(A)
     k = _gram_solve(a, pinv=pinv)
@@ -60,6 +60,12 @@ def symmetric_weight(A: Tensor | Operator, *, pinv: bool = False) -> Tensor:
     ones = torch.ones_like(squared[..., :1])
     if pinv:
         multipliers = torch.linalg.pinv(squared, hermitian=True) @ ones
+        worst = float((squared @ multipliers - 1).abs().max())
+        if worst > 1e-6:
+            raise ValueError(
+                f"symmetric_weight has no answer for A of shape {tuple(a.shape)}: the diagonal is off by {worst:.2g}. "
+                "Columns that repeat up to a factor need one length: normalize the columns of A."
+            )
     else:
         factor, info = torch.linalg.cholesky_ex(squared)
         if bool((info != 0).any()) or _is_singular(factor, squared):
