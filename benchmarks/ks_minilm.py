@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernels import cpu_name, interleaved
+from kernels_rivals import interleaved
 from torch import Tensor, nn
 
 from eke import Chain, factorize
+from eke.cost import environment
 from eke.demo import minilm
 from eke.linalg import Metric, spectrum
 from eke.nn import KSLinear, Replaced, replace_linears
@@ -229,7 +230,7 @@ def main() -> None:
     found = {"original_hits": hits(wanted, report), "queries": len(wanted) // 2, "networks": whole}
     print(json.dumps(found, indent=1))
     if arguments.json:
-        machine = {"cpu": cpu_name(), "threads": 1, "torch": torch.__version__, "python": sys.version}
+        machine = {"cpu": environment().cpu, "threads": 1, "torch": torch.__version__, "python": sys.version}
         document = {
             "question": __doc__.splitlines()[0], "machine": machine, "kernel": describe(), "smoke": arguments.smoke,
             "summary": found, "rows": [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows],

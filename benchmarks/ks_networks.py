@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import clock, cpu_name
+from kernels import clock
 from torch import Tensor, nn
 
 from eke import Chain
+from eke.cost import environment
 from eke.nn import KSLinear
 from eke.ops.ks_matmul import describe
 
@@ -177,7 +178,7 @@ def main() -> None:
     ]
     if arguments.json:
         machine = {
-            "cpu": cpu_name(), "threads": arguments.threads, "torch": torch.__version__, "python": sys.version,
+            "cpu": environment().cpu, "threads": arguments.threads, "torch": torch.__version__, "python": sys.version,
             "clock": "processor time" if arguments.threads == 1 else "wall",
         }  # fmt: skip
         document = {

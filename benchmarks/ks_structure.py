@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernels import cpu_name
 from torch import Tensor, nn
 
 from eke import Chain
+from eke.cost import environment
 from eke.nn import KSLinear, initial_std, param_groups
 from eke.ops.ks_matmul import describe
 
@@ -307,7 +307,7 @@ def main() -> None:
               f"{1e3 * entry['latency']:.2f} ms, test {entry['test']:.4f} +- {entry['test_spread']:.4f}, loss "
               f"{entry['train_loss']:.4f}, training {entry['train_seconds']:.0f} s")  # fmt: skip
     if arguments.json:
-        machine = {"cpu": cpu_name(), "threads": 1, "torch": torch.__version__, "python": sys.version}
+        machine = {"cpu": environment().cpu, "threads": 1, "torch": torch.__version__, "python": sys.version}
         document = {
             "question": __doc__.splitlines()[0], "machine": machine, "kernel": describe(), "smoke": arguments.smoke,
             "epochs": arguments.epochs, "latency_against_dense": off, "table": table, "runs": rows, "pilot": tried,

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import cpu_name
 from torch import Tensor, nn
 
 from eke import Chain
+from eke.cost import environment
 from eke.nn import KSLinear, initial_std, param_groups
 
 WIDTH, STEPS, BATCH = 256, 150, 128
@@ -146,7 +146,7 @@ def main() -> None:
     found = summary(table)
     print(json.dumps(found, indent=1))
     if arguments.json:
-        machine = {"cpu": cpu_name(), "threads": 1, "torch": torch.__version__, "python": sys.version}
+        machine = {"cpu": environment().cpu, "threads": 1, "torch": torch.__version__, "python": sys.version}
         parameters = {kind: sum(p.numel() for p in net(kind).parameters()) for kind in ("dense", *CHAINS)}
         document = {
             "question": __doc__.splitlines()[0], "machine": machine, "smoke": arguments.smoke, "steps": steps,

@@ -78,6 +78,16 @@ def check(document, threads):
         assert run["summary"]["forward_below_one"] == sum(gain < 1 for gain in gains)
 
 
+@pytest.mark.parametrize("name", ["ks_minilm", "ks_networks", "ks_structure", "ks_training"])
+def test_benchmarks_of_layers_start(name):
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", "--help"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--json" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
     target = tmp_path / "kernels.json"
