@@ -4,7 +4,8 @@ Question: one block and a whole stack of twelve, of the size of ViT-S/16 (384 wi
 wide, 128 tokens), with the patterns of the paper (those of ViT-S/16; doubled for the wider block).
 Goal: eke's layers faster than the dense block and than the same factors as batched products; ratios and density.
 Gate: all rivals compute the same function: in float64 outputs agree to 1e-10 of the largest, in float32 to 1e-4.
-Rivals: dense `nn.Linear` with query, key and value in one product; `torch.bmm` with factors permuted beforehand. Norms,
+Rivals: dense `nn.Linear` with query, key and value in one product; `torch.bmm` with entries prepared beforehand, each
+factor in the fastest of the ways to write it. Norms,
 attention (`scaled_dot_product_attention`) and GELU are the same modules in all.
 Method: rivals in turns; for each round the ratio of their times; median and 10th to 90th percentile over rounds.
 Processor time of the thread where there is one, wall time otherwise.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from kernels import clock
+from kernels_rivals import fastest, ways
 from torch import Tensor, nn
 
 from eke import Chain
@@ -65,24 +68,32 @@ class Block(nn.Module):
         return x + layers["down"](nn.functional.gelu(layers["up"](self.norms[1](x))))
 
 
-class Batched(nn.Module):
-    """The factors of a layer as batched products, permuted beforehand."""
+@functools.cache
+def variant(pattern: tuple[int, ...], rows: int) -> str:
+    """The fastest way to write one factor as a batched product, for so many rows of float32."""
+    a, _, c, d = pattern
+    x, found = torch.randn(rows, a * c * d), ways(torch.randn(pattern), last=False, batch=rows, sparse=False)
+    runs = {name: (lambda way=way: way[1](x, way[0])) for name, way in found.items() if name.startswith("bmm")}
+    return fastest(runs, clock)["bmm"]
 
-    def __init__(self, layer: KSLinear) -> None:
+
+class Batched(nn.Module):
+    """The factors of a layer as batched products: entries prepared beforehand, each in its fastest way."""
+
+    def __init__(self, layer: KSLinear, rows: int) -> None:
         super().__init__()
-        self.patterns = [tuple(pattern) for pattern in reversed(list(layer.chain))]
-        weights = [blocks.detach().permute(0, 3, 2, 1) for blocks in reversed(list(layer.factors))]
-        self.weights = nn.ParameterList(
-            nn.Parameter(w.reshape(-1, *w.shape[2:]).contiguous(), requires_grad=False) for w in weights
-        )
-        self.bias = layer.bias
+        self.weights, self.products, self.bias = nn.ParameterList(), [], layer.bias
+        for pattern, blocks in zip(reversed(list(layer.chain)), reversed(list(layer.factors))):
+            found = ways(blocks.detach(), last=False, batch=rows, sparse=False)
+            entries, product = found[variant(tuple(pattern), rows)]
+            self.weights.append(nn.Parameter(entries, requires_grad=False))
+            self.products.append(product)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply the last dimension."""
         y = x.reshape(-1, x.shape[-1])
-        for (a, b, c, d), weight in zip(self.patterns, self.weights):
-            groups = y.view(-1, a, c, d).permute(1, 3, 0, 2).reshape(a * d, -1, c)
-            y = torch.bmm(groups, weight).view(a, d, -1, b).permute(2, 0, 3, 1).reshape(-1, a * b * d)
+        for product, weight in zip(self.products, self.weights):
+            y = product(y, weight)
         return y.view(*x.shape[:-1], -1) + self.bias
 
 
@@ -94,8 +105,8 @@ def dense(layers: list[KSLinear]) -> nn.Linear:
     return found
 
 
-def stacks(width: int, depth: int) -> tuple[dict[str, nn.Module], float]:
-    """The same stack of blocks with every rival's layers in float64, and the density of the factors."""
+def stacks(width: int, depth: int, rows: int) -> tuple[dict[str, nn.Module], float]:
+    """The same stack of blocks with every rival's layers in float64, made for so many rows; the factors' density."""
     factors = chains(width // 384)
     found: dict[str, list[nn.Module]] = {"dense": [], "bmm": [], "eke": []}
     for _ in range(depth):
@@ -106,7 +117,11 @@ def stacks(width: int, depth: int) -> tuple[dict[str, nn.Module], float]:
         block = Block(width, width // 64, dict(layers)).double()
         whole = {name: dense([layers[name]]) for name in ("out", "up", "down")}
         whole["qkv"] = dense([layers[name] for name in "qkv"])
-        for name, parts in (("eke", layers), ("bmm", {k: Batched(v) for k, v in layers.items()}), ("dense", whole)):
+        for name, parts in (
+            ("eke", layers),
+            ("bmm", {k: Batched(v, rows) for k, v in layers.items()}),
+            ("dense", whole),
+        ):
             rival = Block(width, width // 64, dict(parts))
             rival.norms = copy.deepcopy(block.norms)
             found[name].append(rival)
@@ -133,7 +148,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def case(name: str, width: int, tokens: int, *, batch: int, depth: int, rounds: int) -> dict[str, Any]:
     """Gate and time one size."""
     torch.manual_seed(0)
-    nets, density = stacks(width, depth)
+    nets, density = stacks(width, depth, batch * tokens)
     x = torch.randn(batch, tokens, width, dtype=torch.float64)
     with torch.inference_mode():
         gate(nets, x[:2], EXACT)

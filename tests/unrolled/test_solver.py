@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from eke.unrolled import FISTA, HTP, ISTA, OMP, VAMP, CoordinateDescent, SparseSolver
+from eke.unrolled import FISTA, HTP, ISTA, OMP, VAMP, CoordinateDescent, HyperLISTA, Operator, SparseSolver
 
 from .cases import small
 
@@ -67,6 +67,17 @@ def test_each_sample_counts_its_own_steps(name):
         single = single_solver.solve(b[i : i + 1], tolerance=tolerance)
         assert abs(int(single.iterations[0]) - int(whole.iterations[i])) <= 1
         torch.testing.assert_close(single.x[0], whole.x[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_trajectory_is_what_fewer_steps_give(name):
+    a, _, b = small()
+    solver = MEMBERS[name](a)
+    steps = [step.clone() for step in solver.trajectory(b)]
+    assert len(steps) == solver.iterations
+    torch.testing.assert_close(steps[-1], solver(b), rtol=0, atol=1e-12)
+    solver.iterations = 3
+    torch.testing.assert_close(steps[2], solver(b), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -137,7 +148,12 @@ def test_modules_export(name):
         (lambda a, b: ISTA(a, penalty=0.1)(b, b), ValueError, r"x0 must be \(batch, n\) = \(batch, 30\)"),
         (lambda a, b: ISTA(a, penalty=0.1)(b, b.new_zeros(2, 30)), ValueError, "x0 has 2 samples and b 6"),
         (lambda a, b: ISTA(a.long(), penalty=0.1), TypeError, "A must be float32.*got torch.int64"),
-        (lambda a, b: SparseSolver(a, iterations=1)(b), NotImplementedError, r"SparseSolver has no start\(\)"),
+        (lambda a, b: SparseSolver(a, iterations=1), TypeError, "abstract class SparseSolver.*start.*step"),
+        (lambda a, b: Operator((2, 3), dtype=a.dtype, device=a.device), TypeError, "abstract class Operator.*adjoint"),
+        (lambda a, b: HyperLISTA(a)([1.0]), TypeError, "b must be a tensor, got list"),
+        (lambda a, b: VAMP(a)(b[0, 0]), ValueError, r"b must be \(batch, m\).*got \(\)"),
+        (lambda a, b: VAMP(a)(b.repeat(30, 1), b.new_zeros(190, 30)), ValueError, "x0 has 190 samples and b 180"),
+        (lambda a, b: VAMP(a).trajectory(b[:, 1:]), ValueError, r"b must be \(batch, m\) = \(batch, 20\)"),
     ],
 )
 def test_wrong_calls_are_refused(call, error, says):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..training import run
-from .lista import Unrolled, trajectory
+from .lista import Unrolled
 from .operators import Operator, check_vector
 from .problems import nmse_db
 
@@ -216,7 +216,7 @@ def fit(
     seconds = time.perf_counter() - start
     truth, seen = held_out if held_out is not None else (x[:batch_size], b[:batch_size])
     with torch.no_grad():
-        errors = [nmse_db(out, truth) for out in trajectory(trained, seen)]
+        errors = [nmse_db(out, truth) for out in trained.trajectory(seen)]
     for parameter in trained.parameters():
         parameter.grad = None
         parameter.requires_grad_(True)

@@ -21,14 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .fused import GUARD, Numbers, run_fused
-from .lista import real_dtype, trajectory
+from .lista import real_dtype
 from .operators import Dense, Operator, as_operator
 from .shrink import select_support
 from .solver import SparseSolver, State
 from .weights import symmetric_weight
-
-_CHUNK = 1024
-"""Samples that go through all layers together: their tensors stay in the cache."""
 
 _C1, _C2, _C3, _N = 0.0132747, 0.004, 0.3, 500
 """Found by a grid search on 250 x 500 normal dictionaries, 10 % nonzeros, no noise; see `tune_hyperlista`."""
@@ -72,6 +69,8 @@ class HyperLISTA(SparseSolver):
         ValueError: if a number is negative or not finite, or the weight has another shape.
     """
 
+    chunk = 1024
+
     def __init__(
         self,
         A: Tensor | Operator,
@@ -113,18 +112,6 @@ class HyperLISTA(SparseSolver):
         numbers = f"c1={float(self.c1):.6g}, c2={float(self.c2):.6g}, c3={float(self.c3):.6g}"
         return f"{self.operator.shape}, {numbers}, layers={self.iterations}"
 
-    def trajectory(self, b: Tensor, x0: Tensor | None = None) -> list[Tensor]:
-        """Return x after each layer.
-
-        Args:
-            b: (batch, m).
-            x0: Start, (batch, n); None for zeros.
-
-        Returns:
-            One (batch, n) a layer.
-        """
-        return trajectory(self, b, x0)
-
     def forward(self, b: Tensor, x0: Tensor | None = None) -> Tensor:
         """Return x after all layers.
 
@@ -136,17 +123,12 @@ class HyperLISTA(SparseSolver):
             (batch, n); differentiable in b, and in c1 and c2 once they require gradients. Not in c3: selections have no
             derivative.
         """
-        if self.operator.batch is not None or torch.compiler.is_compiling() or b.ndim != 2:
-            return super().forward(b, x0)
-        in_place = isinstance(self.operator, Dense) and not torch.is_grad_enabled() and not b.is_complex()
-        run = self._in_place if in_place else super().forward
-        if len(b) <= _CHUNK:
-            return run(b, x0)
-        rows = [slice(i, i + _CHUNK) for i in range(0, len(b), _CHUNK)]
-        return torch.cat([run(b[part], None if x0 is None else x0[part]) for part in rows])
+        return super().forward(b, x0)
 
-    def _in_place(self, b: Tensor, x0: Tensor | None) -> Tensor:
-        self._check(b, x0)
+    def _run(self, b: Tensor, x0: Tensor | None) -> Tensor:
+        in_place = isinstance(self.operator, Dense) and self.operator.batch is None and not torch.compiler.is_compiling()
+        if not in_place or torch.is_grad_enabled() or b.is_complex():
+            return super()._run(b, x0)
         matrices, numbers = (self.operator.dense(), self.weights.matrix), (self.c1, self.c2, self.c3)
         return run_fused(b, x0, matrices, numbers=numbers, gamma=self.gamma, layers=self.iterations)
 

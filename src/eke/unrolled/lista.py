@@ -15,6 +15,7 @@ Yin, "ALISTA", 2019.
 
 from __future__ import annotations
 
+import abc
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -61,18 +62,6 @@ class Unrolled(SparseSolver):
         """Return the parameters that all layers use."""
         own = {id(p) for k in range(len(self.log_thresholds)) for p in self.parameters_of(k)}
         return [p for p in self.parameters() if id(p) not in own]
-
-    def trajectory(self, b: Tensor, x0: Tensor | None = None) -> list[Tensor]:
-        """Return x after each layer.
-
-        Args:
-            b: (batch, m).
-            x0: Start, (batch, n); None for zeros.
-
-        Returns:
-            One (batch, n) a layer.
-        """
-        return trajectory(self, b, x0)
 
     def prefix(self, depth: int) -> Self:
         """Return the network of the first layers; parameters are shared.
@@ -177,9 +166,9 @@ class _Coupled(Unrolled):
         """Return the threshold and the step of a layer."""
         return [*super().parameters_of(layer), self.steps[layer]]
 
+    @abc.abstractmethod
     def weight_of(self, k: int, operator: Operator, state: State) -> Operator:
         """Return W of a layer as an operator; the layer uses its adjoint."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight_of().")
 
     def start(self, operator: Operator, b: Tensor, x0: Tensor | None) -> State:
         """Return x, b and b - A x."""
@@ -344,24 +333,6 @@ class ALISTA(_Coupled):
 def support_schedule(layers: int) -> list[float]:
     """Return the parts of entries that pass each layer: min(1.2 (k + 1), 13) per cent."""
     return [min(0.012 * (k + 1), 0.13) for k in range(layers)]
-
-
-def trajectory(solver: SparseSolver, b: Tensor, x0: Tensor | None = None) -> list[Tensor]:
-    """Return x after each step of any solver whose x is its state's first part.
-
-    Args:
-        solver: The solver.
-        b: (batch, m).
-        x0: Start, (batch, n); None for zeros.
-
-    Returns:
-        One (batch, n) a step.
-    """
-    state, found = solver.start(solver.operator, b, x0), []
-    for k in range(solver.iterations):
-        state = solver.step(k, solver.operator, state)
-        found.append(state[0])
-    return found
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:

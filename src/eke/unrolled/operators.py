@@ -12,6 +12,7 @@ Operators of tensors keep them as they are: put them on a device or in a dtype f
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ _LARGEST = 2**27
 """Entries up to which an operator that has no matrix writes one for those who need it."""
 
 
-class Operator:
+class Operator(abc.ABC):
     """A linear map from (batch, n) to (batch, m); subclasses say how.
 
     Args:
@@ -41,13 +42,13 @@ class Operator:
         self.batch = batch
         self._norm_squared: Tensor | None = None
 
+    @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Return A x, (batch, m), for x (batch, n)."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward().")
 
+    @abc.abstractmethod
     def adjoint(self, r: Tensor) -> Tensor:
         """Return A^H r, (batch, n), for r (batch, m)."""
-        raise NotImplementedError(f"{type(self).__name__} has no adjoint().")
 
     def select(self, rows: Tensor) -> Operator:
         """Return the operator of some samples of the batch, itself where all share one A."""

@@ -15,8 +15,9 @@ so whatever has one value a sample belongs into the state. `finish(operator, sta
 
 from __future__ import annotations
 
+import abc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ class Solution:
         return said + (f", {int(self.diverged.sum())} diverged" if bool(self.diverged.any()) else "")
 
 
-class SparseSolver(nn.Module):
+class SparseSolver(nn.Module, abc.ABC):
     """A solver of b = A x for sparse x; see the docstring of this file for how to write one.
 
     Args:
@@ -95,6 +96,8 @@ class SparseSolver(nn.Module):
 
     runaway = 1e3
     """A residual of more than this times |b| counts as divergence; that of x = 0 is once |b|."""
+    chunk: int | None = None
+    """Samples that go through all steps together where all share one A, so that their tensors stay in the cache."""
 
     def __init__(self, A: Tensor | Operator, *, iterations: int) -> None:
         super().__init__()
@@ -108,13 +111,13 @@ class SparseSolver(nn.Module):
         self.operator = self.operator.mapped(fn)
         return self
 
+    @abc.abstractmethod
     def start(self, operator: Operator, b: Tensor, x0: Tensor | None) -> State:
         """Return the state before the first step."""
-        raise NotImplementedError(f"{type(self).__name__} has no start().")
 
+    @abc.abstractmethod
     def step(self, k: int, operator: Operator, state: State) -> State:
         """Return the state after step k. Tensors that `start` made may be written in place, x0 and b never."""
-        raise NotImplementedError(f"{type(self).__name__} has no step().")
 
     def finish(self, operator: Operator, state: State) -> Tensor:
         """Return x (batch, n) from the last state."""
@@ -147,10 +150,26 @@ class SparseSolver(nn.Module):
         Returns:
             (batch, n).
         """
-        state = self._begin(b, x0)
-        for k in range(self.iterations):
-            state = self.step(k, self.operator, state)
-        return self.finish(self.operator, state)
+        self._check(b, x0)
+        whole = self.chunk is None or self.operator.batch is not None or torch.compiler.is_compiling()
+        if whole or len(b) <= self.chunk:
+            return self._run(b, x0)
+        parts = torch.split(b, self.chunk)
+        starts = [None] * len(parts) if x0 is None else torch.split(x0, self.chunk)
+        return torch.cat([self._run(part, start) for part, start in zip(parts, starts, strict=True)])
+
+    def trajectory(self, b: Tensor, x0: Tensor | None = None) -> list[Tensor]:
+        """Return x after each step.
+
+        Args:
+            b: (batch, m).
+            x0: Start, (batch, n); None for zeros.
+
+        Returns:
+            One (batch, n) a step.
+        """
+        self._check(b, x0)
+        return [self.finish(self.operator, state) for state in self._states(b, x0)]
 
     def solve(
         self,
@@ -177,11 +196,19 @@ class SparseSolver(nn.Module):
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance is a relative change, 0 or more, got {tolerance!r}.")
         with torch.no_grad():
-            return _Run(self, b, self._begin(b, x0), tolerance, callback).solution()
+            self._check(b, x0)
+            return _Run(self, b, self.start(self.operator, b, x0), tolerance, callback).solution()
 
-    def _begin(self, b: Tensor, x0: Tensor | None) -> State:
-        self._check(b, x0)
-        return self.start(self.operator, b, x0)
+    def _run(self, b: Tensor, x0: Tensor | None) -> Tensor:
+        """Return x after all steps for a part of a batch that has been checked."""
+        *_, state = self._states(b, x0)
+        return self.finish(self.operator, state)
+
+    def _states(self, b: Tensor, x0: Tensor | None) -> Iterator[State]:
+        state = self.start(self.operator, b, x0)
+        for k in range(self.iterations):
+            state = self.step(k, self.operator, state)
+            yield state
 
     def _check(self, b: Tensor, x0: Tensor | None) -> None:
         check_vector(self.operator, b, "b")

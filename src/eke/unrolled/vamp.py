@@ -31,8 +31,6 @@ _BETWEEN = 2
 _OWN = 11
 """Entries of a state before those of matrices that differ by sample."""
 _FIRST_DENSITY = 0.15
-_CHUNK = 128
-"""Samples that go through all steps together: their tensors stay in the cache."""
 
 
 class VAMP(SparseSolver):
@@ -53,6 +51,7 @@ class VAMP(SparseSolver):
     """
 
     runaway = 1.0 + 1e-3
+    chunk = 128
 
     def __init__(
         self,
@@ -81,22 +80,6 @@ class VAMP(SparseSolver):
         self.damping, self.polish = damping, polish
         self._decomposed: tuple[Operator, Tensor, Tensor, Tensor] | None = None
         self._inverse: tuple[Operator, Tensor] | None = None
-
-    def forward(self, b: Tensor, x0: Tensor | None = None) -> Tensor:
-        """Return x after all steps.
-
-        Args:
-            b: (batch, m).
-            x0: Start, (batch, n); None for zeros.
-
-        Returns:
-            (batch, n).
-        """
-        if self.operator.batch is not None or len(b) <= _CHUNK:
-            return super().forward(b, x0)
-        parts = torch.split(b, _CHUNK)
-        starts = [None] * len(parts) if x0 is None else torch.split(x0, _CHUNK)
-        return torch.cat([super(VAMP, self).forward(part, start) for part, start in zip(parts, starts, strict=True)])
 
     def rotated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return eigenvalues l of A A^H, U with A A^H = U diag(l) U^H, and U^H A, computed once in float64."""
