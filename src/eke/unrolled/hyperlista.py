@@ -126,8 +126,8 @@ class HyperLISTA(SparseSolver):
         return super().forward(b, x0)
 
     def _run(self, b: Tensor, x0: Tensor | None) -> Tensor:
-        in_place = isinstance(self.operator, Dense) and self.operator.batch is None and not torch.compiler.is_compiling()
-        if not in_place or torch.is_grad_enabled() or b.is_complex():
+        shared = isinstance(self.operator, Dense) and self.operator.batch is None
+        if not shared or torch.is_grad_enabled() or b.is_complex() or torch.compiler.is_compiling():
             return super()._run(b, x0)
         matrices, numbers = (self.operator.dense(), self.weights.matrix), (self.c1, self.c2, self.c3)
         return run_fused(b, x0, matrices, numbers=numbers, gamma=self.gamma, layers=self.iterations)

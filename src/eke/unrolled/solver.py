@@ -151,11 +151,11 @@ class SparseSolver(nn.Module, abc.ABC):
             (batch, n).
         """
         self._check(b, x0)
-        whole = self.chunk is None or self.operator.batch is not None or torch.compiler.is_compiling()
-        if whole or len(b) <= self.chunk:
+        size = self.chunk
+        if size is None or len(b) <= size or self.operator.batch is not None or torch.compiler.is_compiling():
             return self._run(b, x0)
-        parts = torch.split(b, self.chunk)
-        starts = [None] * len(parts) if x0 is None else torch.split(x0, self.chunk)
+        parts = torch.split(b, size)
+        starts = [None] * len(parts) if x0 is None else torch.split(x0, size)
         return torch.cat([self._run(part, start) for part, start in zip(parts, starts, strict=True)])
 
     def trajectory(self, b: Tensor, x0: Tensor | None = None) -> list[Tensor]:
