@@ -12,10 +12,17 @@ import pytest
 from eke.ops import compiled
 from eke.ops.ks_matmul import native as products
 from eke.ops.pair_splits import native as splits
+from eke.ops.sparse_matmul import native as sparse
 from eke.ops.support_solve import native as solves
 
-NATIVE = {"Kronecker-sparse products": products, "Factorizations": splits, "Exact sparse solvers": solves}
-LEVELS = {products: "eke_ks_level", splits: "eke_pair_splits_level", solves: "eke_support_solve_level"}
+NATIVE = {
+    "Kronecker-sparse products": products, "Factorizations": splits, "Exact sparse solvers": solves,
+    "Sparse products": sparse,
+}  # fmt: skip
+LEVELS = {
+    products: "eke_ks_level", splits: "eke_pair_splits_level", solves: "eke_support_solve_level",
+    sparse: "eke_sparse_level",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", NATIVE)

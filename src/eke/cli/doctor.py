@@ -43,6 +43,7 @@ def examined() -> dict[str, Any]:
     from ..cost import environment
     from ..ops import pair_splits, support_solve
     from ..ops.ks_matmul import describe
+    from ..ops.sparse_matmul import describe as sparse_products
 
     machine = environment().to_json()
     return {
@@ -59,6 +60,7 @@ def examined() -> dict[str, Any]:
         "accelerator": machine["accelerator"],
         "native kernels": {"Kronecker-sparse products": describe()},
         "factorization kernel": pair_splits.describe(),
+        "sparse product kernel": sparse_products(),
         "sparse solver kernel": support_solve.describe(),
         "extras": extras(),
         "demo data": _demo_data(),

@@ -1,0 +1,18 @@
+// Sparse products with AVX-512 instructions; cpu.cpp calls them where the machine has them.
+#if defined(__x86_64__)
+#include <stdint.h>
+#include <string.h>
+#include "call.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#endif
+#define INSTRUCTIONS avx512
+#define LANES 16
+#define WIDEST 4
+#include "body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
