@@ -88,6 +88,30 @@ def test_kernel_gradient_agrees_with_the_reference_in_every_pattern(level):
 
 @needs_kernel
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernel_gradient_of_batches_that_no_cache_holds(level, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for pattern, batch in [
+            ((64, 16, 16, 1), 1030),
+            ((3, 12, 17, 3), 5001),
+            ((1, 9, 40, 16), 1500),
+            ((5, 2, 2, 4), 9),
+        ]:
+            x, _ = sample(pattern, batch)
+            g = torch.randn(batch, pattern[0] * pattern[1] * pattern[3], generator=torch.Generator().manual_seed(1))
+            expected = reference.gradient(x.double(), g.double(), pattern)
+            for last in (False, True):
+                tensors = (x.T.contiguous(), g.T.contiguous()) if last else (x, g)
+                out = native.gradient(*tensors, pattern, batch_last=last, instructions=level)
+                torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5 * batch**0.5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", LEVELS)
 def test_transposed_entries_are_read_where_they_are(level):
     for pattern in LARGE:
         a, b, c, d = pattern

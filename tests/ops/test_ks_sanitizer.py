@@ -65,6 +65,17 @@ int main() {
         free(x); free(w); free(y); free(g); free(back);
         cases++;
       }
+  // Batches that no cache holds: gradients copy and fetch ahead.
+  const i64 far[][5] = {{64, 16, 16, 1, 1030}, {3, 12, 17, 3, 5001}, {1, 9, 40, 16, 1500}, {256, 2, 2, 2, 600}};
+  for (int level = 0; level <= eke_ks_level(); level++)
+    for (i64 threads = 1; threads < 3; threads++)
+      for (auto& p : far) for (i64 layout = 0; layout < 2; layout++) {
+        i64 in = p[0] * p[2] * p[3], out = p[0] * p[1] * p[3], n = p[4], xs = layout ? n : in, ys = layout ? n : out;
+        float *x = filled(in * n, 1), *y = filled(out * n, 3), *g = filled(p[0] * p[1] * p[2] * p[3], 4);
+        if (eke_ks_gradient(level, threads, layout, n, x, xs, y, ys, g, p[0], p[1], p[2], p[3])) return 6;
+        free(x); free(y); free(g);
+        cases++;
+      }
   printf("%lld cases\\n", (long long)cases);
   return 0;
 }

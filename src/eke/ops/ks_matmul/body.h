@@ -2,6 +2,7 @@
 #include "tiles.h"
 #include "factors.h"
 #include "drivers.h"
+#include "gradient.h"
 
 #define NAMED_(PART, NAME) PART##_##NAME
 #define NAMED(PART, NAME) NAMED_(PART, NAME)

@@ -57,6 +57,7 @@ struct Gradient {
   const float* g;
   float* w;
   Factor factor;
+  float* (*scratch)(size_t floats);
 };
 
 // For each instruction set: floats that the packed entries take, with a line for each thread; packing; the product;

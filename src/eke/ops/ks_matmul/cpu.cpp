@@ -179,7 +179,7 @@ int eke_ks_kept(const void* kept, i64 batch, const void* x, void* y, const float
 int eke_ks_gradient(int level, i64 threads, i64 layout, i64 batch, const float* x, i64 x_stride, const float* g,
                     i64 g_stride, float* w, i64 a, i64 b, i64 c, i64 d) {
   const Factor f = {a, b, c, d, b * c * d, c * d, d, 1, nullptr};
-  Gradient call = {threads_for(&f, 1, batch, threads), layout, batch, x_stride, g_stride, x, g, w, f};
+  Gradient call = {threads_for(&f, 1, batch, threads), layout, batch, x_stride, g_stride, x, g, w, f, scratch};
   return SETS[level].gradient(call);
 }
 }

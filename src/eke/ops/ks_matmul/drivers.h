@@ -1,4 +1,4 @@
-// What one instruction set offers: forward through a chain of factors, and the gradient of a factor's entries.
+// Forward through a chain of factors, with one instruction set.
 namespace {
 
 inline float widen(uint16_t h) {
@@ -196,98 +196,6 @@ int forward(const Call& c) {
   const Ready* ready = c.ready ? c.ready : own;
   if (single) (c.layout == LAST ? one_last : one_first)(ready[0], c);
   else many(c, ready, scratch + packed, widest, chunk);
-  return 0;
-}
-
-// dw[i, k, l, j] = sum over samples of g[n, (i, k, j)] * x[n, (i, l, j)], batch first.
-void gradient_block(const Gradient& c, i64 i, i64 part, i64 parts) {
-  const Factor& f = c.factor;
-  const i64 width = f.c * f.d, total = ceil_div(width, W), period = period_of(f.d);
-  i64 chunk = most(32, least(128, CACHE / 2 / width));
-  for (i64 n = 0; n < c.batch; n += chunk) {
-    i64 number = 0;
-    panels(total, f.d, [&](const Phase& h, i64 t, i64 columns) {
-      if (number++ % parts != part) return;
-      bool ends = t + (columns - 1) * period == total - 1;
-      Job j = {c.g + n * c.g_stride + i * f.b * f.d + h.offset, f.d, c.g_stride, &h,
-               c.x + n * c.x_stride + i * width + t * W, c.x_stride, period * W, least(chunk, c.batch - n),
-               c.w + i * f.b * width + t * W, width, period * W, f.b, ends ? lanes_of(width) : W, n > 0, false, false, false, nullptr, 0, 0, 0};
-      run(j, (int)columns);
-    });
-  }
-}
-
-template <int R, int C> INLINE void dots(const float* p, i64 ps, const float* q, i64 qs, i64 n, float* o, i64 os, i64 oc,
-                                         bool accumulate) {
-  static_assert(C == 4 || C == 1, "four sums at once");
-  vec acc[R][4];
-  for (int r = 0; r < R; r++) for (int e = 0; e < 4; e++) acc[r][e] = zero();
-  i64 s = 0;
-  for (; s + W <= n; s += W) {
-    vec right[C];
-#pragma GCC unroll 4
-    for (int e = 0; e < C; e++) right[e] = load(q + e * qs + s);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      vec left = load(p + r * ps + s);
-#pragma GCC unroll 4
-      for (int e = 0; e < C; e++) acc[r][e] = fma(left, right[e], acc[r][e]);
-    }
-  }
-  if (s < n) {
-    const mask m = first_lanes(n - s);
-    for (int r = 0; r < R; r++) {
-      vec left = load(p + r * ps + s, m);
-      for (int e = 0; e < C; e++) acc[r][e] = fma(left, load(q + e * qs + s, m), acc[r][e]);
-    }
-  }
-  for (int r = 0; r < R; r++) {
-    float four[4];
-    sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3], four);
-    for (int e = 0; e < C; e++) o[r * os + e * oc] = accumulate ? o[r * os + e * oc] + four[e] : four[e];
-  }
-}
-
-constexpr int HEIGHT = W == 16 ? 5 : 2;
-
-// The same for batch last: dot products along the samples.
-void gradient_group(const Gradient& c, i64 i, i64 j) {
-  const Factor& f = c.factor;
-  const i64 gs = f.d * c.g_stride, xs = f.d * c.x_stride, os = f.c * f.d;
-  const i64 chunk = most(256, CACHE / 2 / (f.b + f.c) / W * W);
-  for (i64 n = 0; n < c.batch; n += chunk) {
-    const i64 count = least(chunk, c.batch - n);
-    const float* g = c.g + (i * f.b * f.d + j) * c.g_stride + n;
-    const float* x = c.x + (i * f.c * f.d + j) * c.x_stride + n;
-    float* o = c.w + i * f.b * os + j;
-    for (i64 l = 0; l < f.c;) {
-      const bool four = l + 4 <= f.c;
-      for (i64 k = 0; k < f.b;) {
-        float* to = o + k * os + l * f.d;
-        if (four && k + HEIGHT <= f.b) {
-          dots<HEIGHT, 4>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
-          k += HEIGHT;
-        } else {
-          if (four) dots<1, 4>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
-          else dots<1, 1>(g + k * gs, gs, x + l * xs, xs, count, to, os, f.d, n > 0);
-          k++;
-        }
-      }
-      l += four ? 4 : 1;
-    }
-  }
-}
-
-int gradient(const Gradient& c) {
-  const Factor& f = c.factor;
-  if (c.layout == LAST) {
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-    for (i64 t = 0; t < f.a * f.d; t++) gradient_group(c, t / f.d, t % f.d);
-    return 0;
-  }
-  const i64 parts = f.a >= c.threads ? 1 : c.threads;
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-  for (i64 t = 0; t < f.a * parts; t++) gradient_block(c, t / parts, t % parts, parts);
   return 0;
 }
 

@@ -88,27 +88,43 @@ void pack_tiny(const Factor& f, float* out) {
     }
 }
 
-// Batch last: entries of (i, j) as a dense (b, c) matrix.
+// Whether outputs lie nearer to each other than inputs, as in a transposed factor.
+inline bool is_turned(const Factor& f) { return f.sb < f.sc; }
+
+// out[j * step + e] = in[e * D + j].
+template <int D> INLINE void part(const float* in, i64 n, float* out, i64 step) {
+  for (i64 e = 0; e < n; e++)
+    for (int j = 0; j < D; j++) out[j * step + e] = in[e * D + j];
+}
+
+// Batch last: entries of (i, j) as a dense matrix, (b, c) or, of a transposed factor, (c, b): as they come.
 void pack_last(const Factor& f, i64 i, float* out) {
   const i64 size = f.b * f.c;
+  const bool turned = is_turned(f);
+  const i64 rows = turned ? f.c : f.b, row = turned ? f.sc : f.sb, n = turned ? f.b : f.c, step = turned ? f.sb : f.sc;
   out += i * f.d * size;
-  for (i64 k = 0; k < f.b; k++) {
-    const float* w = f.w + i * f.sa + k * f.sb;
-    float* o = out + k * f.c;
+  for (i64 k = 0; k < rows; k++) {
+    const float* w = f.w + i * f.sa + k * row;
+    float* o = out + k * n;
+    if (f.sd == 1 && step == f.d && (f.d == 2 || f.d == 4)) {
+      if (f.d == 2) part<2>(w, n, o, size);
+      else part<4>(w, n, o, size);
+      continue;
+    }
     i64 l = 0;
     if (f.sd == 1 && f.d >= W)
-      for (; l + W <= f.c; l += W) {
+      for (; l + W <= n; l += W) {
         i64 j = 0;
-        for (; j + W <= f.d; j += W) transpose<1>(w + l * f.sc + j, f.sc, o + j * size + l, size);
+        for (; j + W <= f.d; j += W) transpose<1>(w + l * step + j, step, o + j * size + l, size);
         for (; j < f.d; j++)
-          for (i64 e = l; e < l + W; e++) o[j * size + e] = w[e * f.sc + j];
+          for (i64 e = l; e < l + W; e++) o[j * size + e] = w[e * step + j];
       }
     if (f.d < 8)
       for (i64 j = 0; j < f.d; j++)
-        for (i64 e = l; e < f.c; e++) o[j * size + e] = w[e * f.sc + j * f.sd];
+        for (i64 e = l; e < n; e++) o[j * size + e] = w[e * step + j * f.sd];
     else
-      for (; l < f.c; l++)
-        for (i64 j = 0; j < f.d; j++) o[j * size + l] = w[l * f.sc + j * f.sd];
+      for (; l < n; l++)
+        for (i64 j = 0; j < f.d; j++) o[j * size + l] = w[l * step + j * f.sd];
   }
 }
 
@@ -253,7 +269,8 @@ void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, 
   Phase h = phase_of(1, 0);
   i64 total = ceil_div(n, W), groups = ceil_div(total, COLS), base = total / groups, extra = total % groups, t = 0;
   const float* w = q.way == PACKED ? q.packed + (i * f.d + j) * f.b * f.c : f.w + i * f.sa + j * f.sd;
-  const i64 rs = q.way == PACKED ? f.c : f.sb, ls = q.way == PACKED ? 1 : f.sc;
+  const bool packed = q.way == PACKED, turned = is_turned(f);
+  const i64 rs = !packed ? f.sb : turned ? 1 : f.c, ls = !packed ? f.sc : turned ? f.b : 1;
   for (i64 g = 0; g < groups; g++) {
     i64 columns = base + (g < extra);
     bool ends = t + columns == total;

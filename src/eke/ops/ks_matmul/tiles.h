@@ -66,19 +66,12 @@ template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const
   const mask last = first_lanes(j.lanes), lo = j.phase->lo, hi = j.phase->hi;
   const index idx = j.phase->idx;
   const i64 rs = j.rs, ls = j.ls, ws = j.ws, wv = j.wv, d = j.phase->d, ys = j.ys, yv = j.yv;
-  if (j.accumulate) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < C; v++) acc[r][v] = v == C - 1 ? load(y + r * ys + v * yv, last) : load(y + r * ys + v * yv);
-  } else {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < C; v++) acc[r][v] = zero();
-  }
+    for (int v = 0; v < C; v++) acc[r][v] = zero();
   const bool through = j.far && ((uintptr_t)y & 63) == 0 && ys % 16 == 0 && yv % 16 == 0;
-  if (j.cold && !through && j.len >= FETCH)
+  if ((j.cold && !through && j.len >= FETCH) || j.accumulate)
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -101,6 +94,8 @@ template <int M, int R, int C, bool MASKED> INLINE void tile(const Job& j, const
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < C; v++) {
+      // What was there is added last: until then its lines have arrived.
+      if (j.accumulate) acc[r][v] = add(acc[r][v], v == C - 1 ? load(y + r * ys + v * yv, last) : load(y + r * ys + v * yv));
       if (v == C - 1 && j.lanes < W) store(y + r * ys + v * yv, acc[r][v], last);
       else if (through) store_through(y + r * ys + v * yv, acc[r][v]);
       else store(y + r * ys + v * yv, acc[r][v]);
@@ -123,7 +118,7 @@ template <int M, int C, bool MASKED> void rows(const Job& j) {
   for (i64 g = 0; g < groups; g++) {
     i64 r = base + (g < extra);
     for (i64 e = g * j.next_rows / groups; e < (g + 1) * j.next_rows / groups; e++)
-      for (i64 line = 0; line < j.next_lines; line++) __builtin_prefetch(j.next + e * j.next_stride + 16 * line);
+      for (i64 line = 0; line < j.next_lines; line++) __builtin_prefetch(j.next + e * j.next_stride + 16 * line, 0, 2);
     sized<M, C, MASKED, ROWS[C]>((int)r, j, p, y);
     p += r * j.rs;
     y += r * j.ys;
