@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..linalg import Factorization, Metric, factorize
 from ..ops import ks_chain_matmul
 from ..patterns import Chain, to_dense
+from .ks_init import Init, check_init, fill_
 from .param_groups import Core, initial_std
 
 ChainName = Literal["monarch", "butterfly", "btt", "low_rank"]
@@ -90,11 +91,15 @@ class KSLinear(nn.Module):
         rank: For a named chain.
         blocks: For chain="monarch".
         bias: Whether to add a trained bias.
+        init: What the factors start as: "normal", each with the deviation of `initial_std`; "orthogonal", so that
+            lengths are kept where every factor is square; and for square chains such as a butterfly "identity",
+            "hadamard" (orthonormal), or "fft": `torch.fft.fft` of digit-reversed inputs, for complex layers.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: if the chain is smaller than the layer, or rank or blocks come with a Chain.
+        ValueError: if the chain is smaller than the layer, rank or blocks come with a Chain, or the chain cannot hold
+            what `init` asks for.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class KSLinear(nn.Module):
         rank: int | None = None,
         blocks: int | None = None,
         bias: bool = True,
+        init: Init = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,20 +126,24 @@ class KSLinear(nn.Module):
                 f"KSLinear({in_features}, {out_features}) needs a chain with at least {out_features} rows and "
                 f"{in_features} columns, got {rows} x {cols}: {chain}."
             )
-        self.in_features, self.out_features, self.chain = in_features, out_features, chain
+        check_init(init, chain, dtype or torch.get_default_dtype())
+        self.in_features, self.out_features, self.chain, self.init = in_features, out_features, chain, init
         self.factors = nn.ParameterList(torch.empty(*pattern, device=device, dtype=dtype) for pattern in chain)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
-        """Draw the factors anew, each with the deviation of `initial_std`; the bias becomes zero.
+        """Give the factors what `init` names, drawn anew where it is random; the bias becomes zero.
 
         Args:
             generator: Source of randomness; None for torch's own.
         """
-        for core in self.cores():
-            std = initial_std(core.fan_in, core.fan_out)
-            nn.init.normal_(core.parameter, std=std, generator=generator)
+        for pattern, core in zip(self.chain, self.cores()):
+            if self.init == "normal":
+                std = initial_std(core.fan_in, core.fan_out)
+                nn.init.normal_(core.parameter, std=std, generator=generator)
+            else:
+                fill_(core.parameter, pattern, self.init, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -2,19 +2,21 @@
 
 K has the support I_a x 1_(b x c) x I_d and the free entries `blocks` of shape (a, b, c, d): the shape is the pattern.
 y = x K^T costs 2 a b c d operations a sample. Calls without gradients go straight to a native kernel; the operators
-torch.ops.eke.* serve autograd, torch.compile, torch.export and the FLOP counter.
+torch.ops.eke.* serve autograd, torch.compile, torch.export and the FLOP counter. Complex
+numbers take torch's einsum.
 Source: Gonon, Zheng, Carrivain, Le, "Fast inference with Kronecker-sparse matrices", 2024 (layouts, fused product).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import kept, operators
+from . import kept, operators, reference
 from .choose import Algorithm, choose_algorithm
 from .native import available, describe
 
@@ -28,7 +30,7 @@ __all__ = [
     "ks_matmul_batch_last",
 ]
 
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def _check(x: Tensor, blocks: Tensor, *, batch_last: bool, name: str) -> None:
@@ -54,8 +56,8 @@ def _check(x: Tensor, blocks: Tensor, *, batch_last: bool, name: str) -> None:
         )
     if x.dtype != blocks.dtype or x.dtype not in _TYPES:
         raise ValueError(
-            f"{name} needs x and blocks of one floating-point type (float16, bfloat16, float32 or float64), got "
-            f"{x.dtype} and {blocks.dtype}; convert one of them with .to()."
+            f"{name} needs x and blocks of one floating-point type (float16, bfloat16, float32, float64, complex64 or "
+            f"complex128), got {x.dtype} and {blocks.dtype}; convert one of them with .to()."
         )
     if x.device != blocks.device:
         raise ValueError(f"{name} needs x and blocks on one device, got {x.device} and {blocks.device}.")
@@ -89,6 +91,9 @@ def ks_matmul(x: Tensor, blocks: Tensor) -> Tensor:
             return y
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=False, name="ks_matmul")
+    if x.is_complex():
+        y = reference.matmul(x.reshape(-1, x.shape[-1]), blocks)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     if x.dim() == 2:
         return operators.matmul(x, blocks, batch_last=False, keep=True)
     y = operators.matmul(x.reshape(-1, x.shape[-1]), blocks, batch_last=False, keep=True)
@@ -112,6 +117,8 @@ def ks_matmul_batch_last(x: Tensor, blocks: Tensor) -> Tensor:
             return y
     x, (blocks,) = _cast(x, (blocks,))
     _check(x, blocks, batch_last=True, name="ks_matmul_batch_last")
+    if x.is_complex():
+        return reference.matmul_batch_last(x, blocks)
     return operators.matmul(x, blocks, batch_last=True, keep=True)
 
 
@@ -165,6 +172,11 @@ def ks_chain_matmul(
                 f"{bias.device}."
             )
     flat = x.reshape(-1, x.shape[-1])
-    fused = activation is torch.relu or activation is torch.nn.functional.relu
-    y = operators.chain(flat, list(blocks_list), bias, relu=fused).reshape(*x.shape[:-1], a * b * d)
+    fused = not x.is_complex() and (activation is torch.relu or activation is torch.nn.functional.relu)
+    if x.is_complex():
+        y = functools.reduce(reference.matmul, reversed(blocks_list), flat)
+        y = y if bias is None else y + bias
+    else:
+        y = operators.chain(flat, list(blocks_list), bias, relu=fused)
+    y = y.reshape(*x.shape[:-1], a * b * d)
     return y if activation is None or fused else activation(y)
