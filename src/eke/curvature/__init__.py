@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .basis import Basis
+from .basis import Basis, gathered, solved
 from .capture import Calls, Capture
 from .curvature import Curvature
 from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
-from .examples import Rows, Sharing, rows_of
+from .examples import Rows, Sharing, rows_of, shared_rows
 from .factors import Factors
 from .likelihood import Likelihood, pulls
+from .lookups import Lookups
 from .recorder import Call, Recorder, private_copy
 from .sampled import sampled_loss
 
@@ -22,12 +23,16 @@ __all__ = [
     "Factors",
     "Fisher",
     "Likelihood",
+    "Lookups",
     "Recorder",
     "Rows",
     "Sharing",
+    "gathered",
     "gauss_newton_diagonal",
     "private_copy",
     "pulls",
     "rows_of",
     "sampled_loss",
+    "shared_rows",
+    "solved",
 ]

@@ -103,20 +103,81 @@ class Basis:
             raise ValueError(f"damping must be positive, got {damping}.")
         g, a = self.g_vectors.double(), self.a_vectors.double()
         blocks = gradient.reshape(g.shape[0], g.shape[1], a.shape[1]).double()
-        factors = 1 / (self.moments + damping)
-        p, q = g.shape[2], a.shape[2]
-        # What no direction spans has a factor of its own; along the others it is corrected to theirs.
-        beyond = [factors[:, p:, :q], factors[:, :p, q:], factors[:, p:, q:]]
-        low, left, both = (part if part.numel() else part.new_zeros(1, 1, 1) for part in beyond)
-        inside = g.mT @ blocks @ a
-        found = g @ (inside * (factors[:, :p, :q] - low - left + both)) @ a.mT
-        if self.rest[0]:
-            found += (blocks @ a * (low - both)) @ a.mT
-        if self.rest[1]:
-            found += g @ ((left - both) * (g.mT @ blocks))
-        if all(self.rest):
-            found += both * blocks
-        return found.reshape(gradient.shape).to(gradient.dtype)
+        return solved(g, a, 1 / (self.moments + damping), blocks).reshape(gradient.shape).to(gradient.dtype)
+
+    def mv(self, delta: Tensor) -> Tensor:
+        """Return the curvature applied to a change (m, n), in its dtype."""
+        g, a = self.g_vectors.double(), self.a_vectors.double()
+        blocks = delta.reshape(g.shape[0], g.shape[1], a.shape[1]).double()
+        return solved(g, a, self.moments, blocks).reshape(delta.shape).to(delta.dtype)
+
+    def trace(self) -> float:
+        """Return the sum of all eigenvalues."""
+        return float((self.moments * self.sizes).sum())
+
+    def logdet(self, damping: float) -> float:
+        """Return the logarithm of the determinant of curvature + damping I.
+
+        Raises:
+            ValueError: if damping is not positive.
+        """
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping}.")
+        return float(((self.moments + damping).log() * self.sizes).sum())
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix (m n, m n), float64, rows and columns in the order of the flattened matrix.
+
+        Raises:
+            ValueError: if it has more than 2^26 entries.
+        """
+        m, n = self.g_vectors.shape[0] * self.g_vectors.shape[1], self.a_vectors.shape[1]
+        if (m * n) ** 2 > 1 << 26:
+            raise ValueError(f"dense is for small matrices; {m} x {n} would take {(m * n) ** 2} entries: use mv.")
+        units = torch.eye(m * n, dtype=torch.float64, device=self.moments.device).reshape(-1, m, n)
+        return torch.stack([self.mv(unit).flatten() for unit in units])
+
+
+def solved(g: Tensor | None, a: Tensor | None, factors: Tensor, blocks: Tensor) -> Tensor:
+    """Return the matrix with eigenvalues `factors` along pairs of directions, applied to blocks.
+
+    Args:
+        g: (groups, m, p), orthonormal columns; None for the unit vectors.
+        a: (groups, n, q), likewise.
+        factors: (groups, p [+ 1], q [+ 1]); what no direction spans has the last row (column).
+        blocks: (groups, m, n).
+
+    Returns:
+        (groups, m, n). Cost: m n (p + q) multiply-adds, twice.
+    """
+    p, q = (blocks.shape[1] if g is None else g.shape[2]), (blocks.shape[2] if a is None else a.shape[2])
+    below, beside = factors.shape[1] > p, factors.shape[2] > q
+    left = blocks if g is None else g.mT @ blocks
+    right = blocks if a is None or not below else blocks @ a
+    inside = left if a is None else left @ a
+    # What no direction spans has a factor of its own; along the others it is corrected to theirs.
+    low, side = factors[:, p:, :q], factors[:, :p, q:]
+    weight = factors[:, :p, :q]
+    if below:
+        weight = weight - low
+    if beside:
+        weight = weight - side
+    both = factors[:, p:, q:]
+    if below and beside:
+        weight = weight + both
+    found = _times(g, inside * weight)
+    if below:
+        found = found + right * (low - both if beside else low)
+    found = found if a is None else found @ a.mT
+    if beside:
+        found = found + _times(g, (side - both if below else side) * left)
+    if below and beside:
+        found = found + both * blocks
+    return found
+
+
+def _times(g: Tensor | None, inside: Tensor) -> Tensor:
+    return inside if g is None else g @ inside
 
 
 def gathered(inside: Tensor, rows: Tensor, columns: Tensor, total: Tensor, rest: tuple[int, int]) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import watch
+
 Calls = list[tuple[tuple[int, int], Tensor, Tensor]]
 """Numbers of the forward and backward pass, input of a module and gradient of the loss at its output, for each call."""
 
@@ -24,19 +26,24 @@ class Capture:
     Args:
         model: Its forward passes are counted, so that two calls in one pass differ from two passes.
         modules: Modules to watch.
+        attentions: Attentions whose own projections are watched; their calls are taken by the parameter.
 
     Attributes:
         listening: Whether gradients are kept.
         turn: Number of the backward pass, for those who run several through one forward pass.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Iterable[nn.Module], attentions: Iterable[nn.MultiheadAttention] = ()
+    ) -> None:
         self._calls: dict[int, Calls] = {}
         self._passes = 0
         self.listening = True
         self.turn = 0
         this = weakref.ref(self)
         handles = [module.register_forward_hook(_hook(this, weakref.ref(module))) for module in modules]
+        for attention in attentions:
+            handles += watch(attention, _receiver(this))
         handles.append(model.register_forward_pre_hook(_counter(this)))
         weakref.finalize(self, _remove, handles)
 
@@ -49,14 +56,14 @@ class Capture:
         """Forward passes so far."""
         return self._passes
 
-    def add(self, module: nn.Module, number: int, x: Tensor, gradient: Tensor) -> None:
-        """Keep one call of a module, made in the forward pass of that number, if listening."""
+    def add(self, owner: object, number: int, x: Tensor, gradient: Tensor) -> None:
+        """Keep one call of a module (or a parameter), made in the forward pass of that number, if listening."""
         if self.listening:
-            self._calls.setdefault(id(module), []).append(((number, self.turn), x, gradient.detach()))
+            self._calls.setdefault(id(owner), []).append(((number, self.turn), x, gradient.detach()))
 
-    def take(self, module: nn.Module) -> Calls:
-        """Return the calls of a module since the last time, and forget them."""
-        return self._calls.pop(id(module), [])
+    def take(self, owner: object) -> Calls:
+        """Return the calls of a module (or a parameter) since the last time, and forget them."""
+        return self._calls.pop(id(owner), [])
 
     def clear(self) -> None:
         """Forget all calls."""
@@ -80,6 +87,23 @@ def _hook(capture: weakref.ref[Capture], owner: weakref.ref[nn.Module]) -> Any:
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 
     return forward
+
+
+def _receiver(capture: weakref.ref[Capture]) -> Any:
+    def receive(parameter: Tensor, x: Tensor, output: Tensor) -> Any:
+        here = capture()
+        if here is None:
+            return None
+        number, owner = here.passes, weakref.ref(parameter)
+
+        def keep(gradient: Tensor) -> None:
+            keeper, known = capture(), owner()
+            if keeper is not None and known is not None:
+                keeper.add(known, number, x, gradient)
+
+        return keep
+
+    return receive
 
 
 def _counter(capture: weakref.ref[Capture]) -> Any:

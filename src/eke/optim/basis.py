@@ -33,7 +33,7 @@ def refreshed(factor: Tensor, basis: Tensor | None, *, how: Refresh, tolerance: 
     """
     if not bool(torch.isfinite(factor).all()):
         return None
-    if basis is not None:
+    if basis is not None and (tolerance or how == "qr"):
         turned = basis.mT @ factor @ basis
         aside = turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))
         if float(aside.norm()) <= tolerance * float(turned.norm()):
@@ -55,3 +55,102 @@ def turn(matrix: Tensor, g_turn: Tensor | None, a_turn: Tensor | None) -> Tensor
     if g_turn is not None:
         matrix = g_turn @ matrix
     return matrix if a_turn is None else matrix @ a_turn.mT
+
+
+def leading(factor: Tensor, basis: Tensor | None, *, rank: int) -> Tensor | None:
+    """Return the leading eigenvectors of a factor by subspace iteration.
+
+    Args:
+        factor: (groups, n, n), symmetric positive semidefinite.
+        basis: Where to start, (groups, n, rank); None for a random start and two rounds more.
+        rank: How many, below n.
+
+    Returns:
+        Orthonormal columns (groups, n, rank), largest first; None if the factor is not finite.
+    """
+    if not bool(torch.isfinite(factor).all()):
+        return None
+    rounds = 1
+    if basis is None:
+        generator = torch.Generator(device=factor.device).manual_seed(0)
+        shape = (factor.shape[0], factor.shape[1], rank)
+        basis, rounds = torch.randn(shape, generator=generator, dtype=factor.dtype, device=factor.device), 3
+    for _ in range(rounds):
+        basis = torch.linalg.qr(factor @ basis)[0]
+    values, vectors = torch.linalg.eigh(basis.mT @ factor @ basis)
+    order = values.argsort(1, descending=True)
+    found: Tensor = basis @ vectors.gather(2, order[:, None].expand_as(vectors))
+    return found
+
+
+def shares(turned: Tensor, size: int) -> Tensor:
+    """Return how much of each old direction is in each new one, with all that no direction spans as the last.
+
+    Args:
+        turned: Q_new^T Q_old (groups, q, q).
+        size: Dimensions of the space.
+
+    Returns:
+        (groups, q [+ 1], q [+ 1]); lines add up to 1, so that means of squares stay means.
+    """
+    squares = turned.square()
+    rest = size - squares.shape[1]
+    if not rest:
+        return squares
+    beside = (1 - squares.sum(2, keepdim=True)).clamp_min_(0)
+    below = (1 - squares.sum(1, keepdim=True)).clamp_min_(0) / rest
+    corner = 1 - below.sum(2, keepdim=True)
+    return torch.cat([torch.cat([squares, beside], 2), torch.cat([below, corner], 2)], 1)
+
+
+def centred(channels: Tensor, constant: Tensor | None, taps: int) -> Tensor:
+    """Return the second moment of patches whose pixels are uncorrelated, with a bias at the centre of the kernel.
+
+    Args:
+        channels: (groups, c, c), second moment of channels at any tap.
+        constant: (groups, c + 1, c + 1), with the constant 1 of the bias as the last; None without.
+        taps: Taps of the kernel.
+
+    Returns:
+        (groups, c * taps [+ 1], ...), channels before taps.
+    """
+    groups, c = channels.shape[:2]
+    eye = torch.eye(taps, dtype=channels.dtype, device=channels.device)
+    found = torch.einsum("gij,kl->gikjl", channels, eye).reshape(groups, c * taps, c * taps)
+    if constant is None:
+        return found
+    found = torch.nn.functional.pad(found, (0, 1, 0, 1))
+    middle = slice(taps // 2, c * taps, taps)
+    found[:, middle, -1] = constant[:, :-1, -1]
+    found[:, -1, middle] = constant[:, -1, :-1]
+    found[:, -1, -1] = constant[:, -1, -1]
+    return found
+
+
+def channel_basis(factor: Tensor, taps: int, *, bias: bool) -> Tensor | None:
+    """Return eigenvectors of what `centred` returned: those of channels at each tap, with the bias at the centre.
+
+    Args:
+        factor: (groups, c * taps [+ 1], ...).
+        taps: Taps of the kernel.
+        bias: Whether there is a constant 1.
+
+    Returns:
+        Orthonormal columns (groups, c * taps [+ 1], ...), None if the factor is not finite.
+    """
+    size = factor.shape[1]
+    found = torch.zeros_like(factor)
+    blocks: dict[bool, Tensor] = {}
+    for tap in range(taps):
+        lines = list(range(tap, size - bias, taps))
+        middle = bias and tap == taps // 2
+        if middle:
+            lines.append(size - 1)
+        here = torch.tensor(lines, device=factor.device)
+        if middle not in blocks:
+            basis = refreshed(factor[:, here][:, :, here], None, how="eigh", tolerance=0.0)
+            if basis is None:
+                return None
+            blocks[middle] = basis
+        found[:, here[:, None], here] = blocks[middle]
+    return found

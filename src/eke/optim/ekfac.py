@@ -24,29 +24,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..curvature import Capture, Fisher, Likelihood, Rows, Sharing, pulls, rows_of
-from .basis import Refresh, refreshed, turn
-from .layers import Layer, find_layers
+from ..curvature import Capture, Fisher, Likelihood, Lookups, Rows, Sharing, pulls
+from .basis import Refresh, turn
+from .layers import Layer, Seen, attentions, find_layers
+from .statistics import (
+    Move,
+    Rules,
+    State,
+    Variant,
+    is_cut,
+    is_read,
+    mean_moments,
+    moments_of_gradient,
+    product_moments,
+    update_factors,
+    update_moments,
+)
 
-Variant = Literal["ekfac", "ekfac_ra", "kfac"]
 _SAME = 1e-4
 """Relative difference up to which a gradient counts as the sum of the rows seen."""
-
-
-@dataclass
-class _Move:
-    """One layer's gradient in its basis, and what becomes of it."""
-
-    layer: Layer
-    gradient: Tensor
-    moments: Tensor
 
 
 class EKFAC(torch.optim.Optimizer):
@@ -103,17 +105,21 @@ class EKFAC(torch.optim.Optimizer):
         others_lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         largest: int = 4096,
+        rank: int | None = None,
+        convolutions: Literal["kfc", "sua"] = "kfc",
         loss_scale: float | Callable[[], float] = 1.0,
     ) -> None:
         _check_ranges(
-            lr, damping, momentum, weight_decay, kl_clip, basis_every=basis_every, statistics_decay=statistics_decay
-        )
+            lr, damping, momentum, weight_decay, kl_clip, basis_every=basis_every, statistics_decay=statistics_decay,
+            rank=rank,
+        )  # fmt: skip
         inner = sites.unwrap(model)
         self._layers = {id(layer.weight): layer for layer in find_layers(inner)}
-        self.variant, self.fisher, self.sharing = variant, fisher, sharing
-        self.basis_every, self.statistics_decay, self.largest = basis_every, statistics_decay, largest
-        self.refresh, self.tolerance, self.mean = refresh, tolerance, reduction == "mean"
-        self.loss_scale = loss_scale
+        self._rules = Rules(
+            variant, basis_every, statistics_decay, refresh, tolerance, largest, rank, convolutions == "sua"
+        )
+        self.fisher, self.sharing, self.mean, self.loss_scale = fisher, sharing, reduction == "mean", loss_scale
+        self._probes: dict[int, Tensor] = {}
         self._warned = False
         defaults: dict[str, Any] = {
             "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip,
@@ -121,10 +127,12 @@ class EKFAC(torch.optim.Optimizer):
         }  # fmt: skip
         given = [p for p in inner.parameters() if p.requires_grad] if params is None else list(params)
         super().__init__(self._split(given, others_lr), defaults)
-        self._capture = Capture(inner, [m for layer in self._layers.values() for m in layer.modules])
+        layers = list(self._layers.values())
+        owners = [owner for layer in layers for owner in layer.owners if isinstance(owner, nn.Module)]
+        self._capture = Capture(inner, owners, attentions(inner, layers))
         self._capture.listening = fisher == "empirical"
         if not self._layers:
-            warnings.warn("EKFAC found no linear layer or convolution it can watch: AdamW does all.", stacklevel=2)
+            warnings.warn("EKFAC found no layer it can watch: AdamW does all.", stacklevel=2)
 
     def _split(self, given: list[Any], others_lr: float) -> list[dict[str, Any]]:
         """Return each parameter group as two: weights with Kronecker factors, and others."""
@@ -233,146 +241,131 @@ class EKFAC(torch.optim.Optimizer):
         return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
 
     def _step_layers(self, group: dict[str, Any], weights: Tensor | None) -> None:
-        moves: list[Any] = []
-        for parameter in group["params"]:
-            layer = self._layers.get(id(parameter))
-            if layer is not None and parameter.grad is not None:
-                moves.append(self._watch(layer, group, weights))
-        moves = [move for move in moves if move is not None]
+        found = [self._layers.get(id(parameter)) for parameter in group["params"]]
+        watched = [self._watch(x, group, weights) for x in found if x is not None and x.weight.grad is not None]
+        moves = [move for move in watched if move is not None]
         if not moves:
             return
         lr, damping, clip = group["lr"], group["damping"], group["kl_clip"]
-        unit, share = 1.0, 1.0
+        unit, share, change = 1.0, 1.0, 0.0
+        totals = [1.0] * len(moves)
+        entries = sum(move.entries for move in moves)
         if clip is not None:
-            entries = sum(move.moments.numel() for move in moves)
-            unit = max(float(torch.stack([m.moments.sum() for m in moves]).sum()) / entries, 1e-30) ** 0.5
-        directions, change = [], 0.0
-        for move in moves:
-            damped = move.moments + damping * unit**2
-            directions.append(torch.div(move.gradient, damped))
-            if clip is not None:
-                change += float(torch.dot(directions[-1].flatten(), damped.mul_(directions[-1]).flatten()))
+            totals = [max(value, 1e-30) for value in torch.stack([move.total() for move in moves]).tolist()]
+            unit = (sum(totals) / entries) ** 0.5
+        for move, total in zip(moves, totals):
+            scale = total / move.entries if clip is not None else 1.0
+            change += move.damp(damping * scale, predict=clip is not None)
         if clip is not None:
             share = min(1.0, (clip * entries / max(lr**2 * change, 1e-30)) ** 0.5)
-        for move, direction in zip(moves, directions):
-            state = self.state[move.layer.weight]
-            back = turn(direction, state.get("g_basis"), state.get("a_basis"))
-            move.layer.change_(back, lr * share * unit, decay=lr * group["weight_decay"])
+        for move in moves:
+            move.apply(lr * share * unit, decay=lr * group["weight_decay"])
 
-    def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> _Move | None:
-        """Bring a layer's statistics up to date and give its gradient in the basis, with momentum; None where there are
-        no good statistics yet. A layer that was never seen raises RuntimeError.
+    def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> Move | None:
+        """Bring a layer's statistics up to date and give its gradient with momentum; None where there are no good
+        statistics yet. A layer that was never seen raises RuntimeError.
         """  # noqa: D205, DOC201, DOC501
-        state = self.state[layer.weight]
-        calls = [call for module in layer.modules for call in self._capture.take(module)]
+        state, rules = self.state[layer.weight], self._rules
+        calls = [call for owner in layer.owners for call in self._capture.take(owner)]
         if not calls and "moments" not in state:
             raise RuntimeError(
-                f"EKFAC has seen no pass of {layer.site.name!r} in training mode"
+                f"EKFAC has seen no pass of {layer.name!r} in training mode"
                 + ("" if self.fisher == "empirical" else " with observe(outputs) before backward")
                 + ", and has no statistics of it: call model.train() before the forward pass, and use the model that "
                 "was given to the optimizer, not a copy."
             )
-        rows = None
-        if calls:
-            rows = rows_of(
-                layer.site, calls, bias=layer.bias is not None, sharing=self.sharing, mean=self.mean,
-                loss_scale=self._scale(), weights=weights,
-            )  # fmt: skip
+        rows, fine = None, True
+        shapes = [list(x.shape) for _, x, _ in calls]
+        reads = is_read(layer, state, rules)
+        # Where only the mean gradient is squared, rows are cut out (which convolutions feel) for the factors alone.
+        counted = rules.variant != "ekfac" and self.sharing != "expand" and state.get("shapes") == shapes
+        if calls and (reads or not counted):
+            rows = layer.rows(calls, Seen(self.sharing, self.mean, self._scale(), weights))
+            state["shapes"], state["examples"] = shapes, rows.examples
         gradient = layer.gradient()
-        if not self.mean and rows is not None:
-            gradient = gradient / rows.examples
-        self._update_basis(layer, state, rows)
-        g_basis, a_basis = state.get("g_basis"), state.get("a_basis")
-        turned = None if rows is None else rows.turned(g_basis, a_basis)
-        plain = weights is None and self.fisher == "empirical"
-        known = plain and rows is not None and _explains(rows, gradient)
-        found = turned.gradient() if known and turned else turn(gradient, _t(g_basis), _t(a_basis))
-        if turned is not None and rows is not None:
-            self._update_moments(state, turned, found, rows.examples)
+        if not self.mean and calls:
+            gradient = gradient / state["examples"]
+        if rows is not None and reads:
+            fine = update_factors(layer, state, rows, rules)
+        state["steps"] = int(state.get("steps", 0)) + 1
+        known = weights is None and self.fisher == "empirical"
+        gradient, batch = self._measured(state, rows, gradient, known=known)
+        if calls and batch is not None:
+            decay = 0.0 if rules.variant == "kfac" else rules.decay
+            fine = update_moments(state, batch, decay) and fine
+        if not fine:
+            self._warn(layer)
         if "moments" not in state:
             return None
-        return _Move(layer, _averaged(state, found, group["momentum"]), state["moments"])
+        return _with_momentum(layer, state, gradient, group["momentum"])
 
-    def _update_basis(self, layer: Layer, state: dict[str, Any], rows: Rows | None) -> None:
-        steps = int(state.get("steps", 0))
-        state["steps"] = steps + 1
-        due = steps % self.basis_every == 0 or "moments" not in state
-        if rows is None or not (due or steps % max(1, self.basis_every // 10) == 0):
-            return
-        wanted = (rows.a.shape[3] <= self.largest, rows.g.shape[3] <= self.largest)
-        seen = int(state.get("seen", 0))
-        decay = min(self.statistics_decay ** max(1, self.basis_every // 10), seen / (seen + 1))
-        state["seen"] = seen + 1
-        turns: dict[str, Tensor | None] = {"g": None, "a": None}
-        for key, batch in zip("ag", rows.factors(wanted=wanted)):
-            if batch is None:
-                continue
-            factor = state.get(f"{key}_factor")
-            new = batch if factor is None else decay * factor + (1 - decay) * batch
-            if not bool(torch.isfinite(new).all()):
-                self._warn(layer)
-                continue
-            state[f"{key}_factor"] = new
-            if due:
-                old = state.get(f"{key}_basis")
-                basis = refreshed(new, old, how=self.refresh, tolerance=self.tolerance)
-                if basis is not None:
-                    state[f"{key}_basis"] = basis
-                    turns[key] = basis.mT if old is None else basis.mT @ old
-        if "moments" in state and any(t is not None for t in turns.values()):
-            square = {key: None if t is None else t.square() for key, t in turns.items()}
-            state["moments"] = turn(state["moments"], square["g"], square["a"])
-            if "momentum" in state:
-                state["momentum"] = turn(state["momentum"], turns["g"], turns["a"])
+    def _measured(
+        self, state: State, rows: Rows | Lookups | None, gradient: Tensor, *, known: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient (turned where no side is cut) and the batch's second moments."""
+        variant, g, a = self._rules.variant, state.get("g_basis"), state.get("a_basis")
+        batch: Tensor | None = None
+        if not is_cut(state):
+            turned = None
+            if rows is not None and (variant == "ekfac" or (known and _cheaper(rows, gradient))):
+                turned = rows.turned(g, a)
+                batch = turned.squares() if variant == "ekfac" else None
+            if turned is not None and rows is not None and known and self._explains(rows, gradient):
+                gradient = turned.gradient()
+            else:
+                gradient = turn(gradient, _t(g), _t(a))
+            if variant == "ekfac_ra":
+                batch = gradient.square() * state.get("examples", 1)
+        elif variant == "ekfac" and rows is not None:
+            batch = mean_moments(state, rows.energies(g, a))
+        elif variant == "ekfac_ra":
+            batch = moments_of_gradient(state, gradient).mul_(state.get("examples", 1))
+        if variant == "kfac" and rows is not None and "a_factor" in state and "g_factor" in state:
+            batch = product_moments(state)
+        return gradient, batch
 
-    def _update_moments(self, state: dict[str, Any], turned: Rows, gradient: Tensor, examples: int) -> None:
-        if self.variant == "kfac":
-            lines = []
-            for key, size in (("g", turned.g.shape[3]), ("a", turned.a.shape[3])):
-                factor, basis = state.get(f"{key}_factor"), state.get(f"{key}_basis")
-                ones = turned.a.new_ones(turned.a.shape[0], size)
-                lines.append(ones if factor is None or basis is None else ((factor @ basis) * basis).sum(1))
-            state["moments"] = lines[0][:, :, None] * lines[1][:, None, :]
-            return
-        batch = turned.squares() if self.variant == "ekfac" else gradient.square() * examples
-        if not bool(torch.isfinite(batch).all()):
-            self._warn(None)
-            return
-        updates = int(state.get("updates", 0))
-        decay = min(self.statistics_decay, updates / (updates + 1))
-        state["updates"] = updates + 1
-        state["moments"] = batch if "moments" not in state else state["moments"].lerp_(batch, 1 - decay)
+    def _explains(self, rows: Rows | Lookups, gradient: Tensor) -> bool:
+        """Return whether the gradient is the mean of the rows' outer products, told by one random direction."""
+        if isinstance(rows, Lookups) or rows.a.shape[3] == 1:
+            return False
+        width = gradient.shape[2]
+        probe = self._probes.get(width)
+        if probe is None or probe.dtype != gradient.dtype or probe.device != gradient.device:
+            generator = torch.Generator(device=gradient.device).manual_seed(0)
+            probe = torch.randn(width, 1, generator=generator, dtype=gradient.dtype, device=gradient.device)
+            self._probes[width] = probe
+        a, g = rows.a.flatten(1, 2), rows.g.flatten(1, 2)
+        expected = (g.mT @ (a @ probe)).div_(rows.examples)
+        norms = torch.stack([(gradient @ probe).sub_(expected).norm(), expected.norm()]).tolist()
+        return bool(norms[0] <= _SAME * norms[1])
 
     def _warn(self, layer: Layer | None) -> None:
         if not self._warned:
             self._warned = True
-            where = "" if layer is None else f" of {layer.site.name!r}"
+            where = "" if layer is None else f" of {layer.name!r}"
             warnings.warn(
                 f"Statistics{where} are not finite in this step: the last good ones stay in use (said once).",
                 stacklevel=4,
             )
 
 
-def _explains(rows: Rows, gradient: Tensor) -> bool:
-    """Return whether the gradient is the mean of the rows' outer products, told by one random direction."""
-    generator = torch.Generator(device=gradient.device).manual_seed(0)
-    probe = torch.randn(gradient.shape[2], 1, generator=generator, dtype=gradient.dtype, device=gradient.device)
-    a, g = rows.a.flatten(1, 2), rows.g.flatten(1, 2)
-    expected = g.mT @ (a @ probe) / rows.examples
-    return float((gradient @ probe - expected).norm()) <= _SAME * float(expected.norm())
+def _cheaper(rows: Rows | Lookups, gradient: Tensor) -> bool:
+    """Return whether turning rows is less work than turning their mean gradient."""
+    if isinstance(rows, Lookups):
+        return False
+    (m, n), seen = gradient.shape[1:], rows.a.shape[1] * rows.a.shape[2]
+    return seen * (m * m + n * n + m * n) < m * n * (m + n)
 
 
-def _averaged(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
-    """Return the running mean of gradients in the basis, corrected for its start."""
+def _with_momentum(layer: Layer, state: State, gradient: Tensor, momentum: float) -> Move:
+    """Return the running mean of gradients, and what it is to be divided by for its start."""
     if not momentum:
-        return gradient
+        return Move(layer, state, gradient, 1.0)
     weight = float(state.get("momentum_weight", 0.0)) * momentum + (1 - momentum)
     state["momentum_weight"] = weight
     old = state.get("momentum")
-    state["momentum"] = (
-        gradient * (1 - momentum) if old is None else old.mul_(momentum).add_(gradient, alpha=1 - momentum)
-    )
-    return state["momentum"] / weight  # type: ignore[no-any-return]
+    state["momentum"] = gradient * (1 - momentum) if old is None else old.lerp_(gradient, 1 - momentum)
+    return Move(layer, state, state["momentum"], weight)
 
 
 def _adamw(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -401,7 +394,7 @@ def _listed(params: Any) -> list[Tensor]:
 
 def _check_ranges(
     lr: float, damping: float, momentum: float, weight_decay: float, kl_clip: float | None, *, basis_every: int,
-    statistics_decay: float,
+    statistics_decay: float, rank: int | None,
 ) -> None:  # fmt: skip
     for name, value in (("lr", lr), ("damping", damping), ("kl_clip", kl_clip)):
         if value is not None and not value > 0:
@@ -409,6 +402,8 @@ def _check_ranges(
     for name, value in (("momentum", momentum), ("statistics_decay", statistics_decay)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, or None for all directions, got {rank}.")
     if weight_decay < 0 or basis_every < 1:
         raise ValueError(
             f"weight_decay must be >= 0 and basis_every >= 1, got weight_decay={weight_decay}, "
