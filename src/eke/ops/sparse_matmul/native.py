@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -103,6 +104,43 @@ def forward(
         )  # fmt: skip
         _succeeded(status, columns, starts, inputs)
     return y
+
+
+def bound(
+    values: Tensor, columns: Tensor, starts: Tensor, *, inputs: int, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return `forward` for one matrix whose tensors stay where they are: a call then costs some microseconds less.
+
+    Args:
+        values: Kept entries, (entries, r), float32, contiguous; changes of the numbers are seen.
+        columns: Column of each entry, (entries,), int32, contiguous.
+        starts: Entries before each group of r rows, (groups + 1,), int64, contiguous.
+        inputs: Columns of the matrix.
+        bias: (groups * r,), float32, contiguous.
+
+    Returns:
+        The product, of x (batch, inputs) of float32.
+    """
+    loaded = library()
+    assert loaded is not None  # callers ask supports() first
+    run, best, threads = loaded.eke_sparse_forward, level(), torch.get_num_threads
+    groups, block = starts.shape[0] - 1, values.shape[1]
+    rows, entries = groups * block, columns.shape[0]
+    where = (values.data_ptr(), columns.data_ptr(), starts.data_ptr(), None if bias is None else bias.data_ptr())
+
+    def product(x: Tensor) -> Tensor:
+        x = x if x.is_contiguous() else x.contiguous()
+        batch = x.shape[0]
+        y = x.new_empty(batch, rows)
+        status = run(
+            best, threads(), batch, inputs, groups, block, entries, x.data_ptr(), inputs, *where, y.data_ptr(), rows
+        )
+        if status:
+            _succeeded(status, columns, starts, inputs)
+        return y
+
+    product.tensors = (values, columns, starts, bias)  # type: ignore[attr-defined]  # alive as long as the product is
+    return product
 
 
 def to_inputs(
