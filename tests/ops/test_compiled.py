@@ -13,15 +13,16 @@ from eke.ops import compiled
 from eke.ops.ks_matmul import native as products
 from eke.ops.pair_splits import native as splits
 from eke.ops.sparse_matmul import native as sparse
+from eke.ops.sparse_recovery import native as recoveries
 from eke.ops.support_solve import native as solves
 
 NATIVE = {
     "Kronecker-sparse products": products, "Factorizations": splits, "Exact sparse solvers": solves,
-    "Sparse products": sparse,
+    "Sparse products": sparse, "Sparse problems without noise": recoveries,
 }  # fmt: skip
 LEVELS = {
     products: "eke_ks_level", splits: "eke_pair_splits_level", solves: "eke_support_solve_level",
-    sparse: "eke_sparse_level",
+    sparse: "eke_sparse_level", recoveries: "eke_sparse_recovery_level",
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def examined() -> dict[str, Any]:
     import torch
 
     from ..cost import environment
-    from ..ops import pair_splits, support_solve
+    from ..ops import pair_splits, sparse_recovery
     from ..ops.ks_matmul import describe
     from ..ops.sparse_matmul import describe as sparse_products
 
@@ -61,7 +61,7 @@ def examined() -> dict[str, Any]:
         "native kernels": {"Kronecker-sparse products": describe()},
         "factorization kernel": pair_splits.describe(),
         "sparse product kernel": sparse_products(),
-        "sparse solver kernel": support_solve.describe(),
+        "sparse solver kernel": sparse_recovery.describe(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},

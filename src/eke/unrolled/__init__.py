@@ -5,6 +5,7 @@ from __future__ import annotations
 from .auto import Choice, Optimality, choose, optimality
 from .convolutional import convolutional_weight
 from .coordinate import CoordinateDescent, coordinate_descent
+from .exact import Exact, exact
 from .fit import Deepening, Fit, LayerWise, Stage, Training, decibels, fit, squared_error
 from .hyperlista import HyperLISTA, Tuning
 from .lista import ALISTA, LISTA, LISTACP, LISTACPSS, TiLISTA, Unrolled, support_schedule
@@ -35,6 +36,7 @@ __all__ = [
     "CoordinateDescent",
     "Deepening",
     "Dense",
+    "Exact",
     "Fit",
     "Functions",
     "HyperLISTA",
@@ -58,6 +60,7 @@ __all__ = [
     "convolutional_weight",
     "coordinate_descent",
     "decibels",
+    "exact",
     "fista",
     "fit",
     "gaussian",

@@ -234,8 +234,7 @@ class _Run:
 
     def solution(self) -> Solution:
         """Return the solution after all steps."""
-        solver, batch = self.solver, len(self.b)
-        k = 0
+        solver = self.solver
         for k in range(solver.iterations):
             before = self.state
             self.state = solver.step(k, self.operator, before)
@@ -244,29 +243,8 @@ class _Run:
         self._store()
         final = tuple(self.final)
         x = solver.finish(solver.operator, final)
-        size = torch.linalg.vector_norm(self.b, dim=-1)
-        residual = torch.linalg.vector_norm(solver.operator.forward(x) - self.b, dim=-1)
-        diverged = ~(residual <= solver.runaway * size)
-        if bool(diverged.any()):
-            x = torch.where(diverged.unsqueeze(-1), torch.zeros_like(x), x)
-            residual = torch.where(diverged, size, residual)
-            name = type(solver).__name__
-            warnings.warn(
-                f"{name} diverged on {int(diverged.sum())} of {batch} problems; their answer is x = 0. Coherent or "
-                "badly scaled dictionaries need a safer solver, such as fista.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return Solution(
-            x=x,
-            iterations=self.iterations,
-            converged=self.converged & ~diverged,
-            diverged=diverged,
-            residual=residual,
-            objective=residual.square() / 2 + solver.penalty_of(x),
-            method=type(solver).__name__,
-            details=solver.details(solver.operator, final),
-        )
+        details = solver.details(solver.operator, final)
+        return report(solver, self.b, x, iterations=self.iterations, converged=self.converged, details=details)
 
     def _look(self, k: int, before: State) -> bool:
         """Return whether samples are left after those that have converged leave."""
@@ -294,3 +272,50 @@ class _Run:
             return
         for whole, part in zip(self.final, self.state, strict=True):
             whole[self.rows] = part
+
+
+def report(
+    solver: SparseSolver,
+    b: Tensor,
+    x: Tensor,
+    *,
+    iterations: Tensor,
+    converged: Tensor,
+    details: Mapping[str, Tensor],
+) -> Solution:
+    """Return the solution of a run, with zeros and a warning where it ran away.
+
+    Args:
+        solver: What ran.
+        b: (batch, m).
+        x: (batch, n).
+        iterations: Steps taken, (batch,).
+        converged: Which samples converged, (batch,).
+        details: What else it learned.
+
+    Returns:
+        The solution.
+    """
+    batch, size = len(b), torch.linalg.vector_norm(b, dim=-1)
+    residual = torch.linalg.vector_norm(solver.operator.forward(x) - b, dim=-1)
+    diverged = ~(residual <= solver.runaway * size)
+    if bool(diverged.any()):
+        x = torch.where(diverged.unsqueeze(-1), torch.zeros_like(x), x)
+        residual = torch.where(diverged, size, residual)
+        name = type(solver).__name__
+        warnings.warn(
+            f"{name} diverged on {int(diverged.sum())} of {batch} problems; their answer is x = 0. Coherent or "
+            "badly scaled dictionaries need a safer solver, such as fista.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return Solution(
+        x=x,
+        iterations=iterations,
+        converged=converged & ~diverged,
+        diverged=diverged,
+        residual=residual,
+        objective=residual.square() / 2 + solver.penalty_of(x),
+        method=type(solver).__name__,
+        details=details,
+    )

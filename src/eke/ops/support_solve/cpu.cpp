@@ -1,5 +1,7 @@
 // Least squares on supports on the CPU, behind a plain C interface.
 #define INSTRUCTIONS portable
+#define VECTOR 16
+#define TILE 2
 #include "body.h"
 
 #if defined(__x86_64__)

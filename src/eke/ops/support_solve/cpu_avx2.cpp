@@ -6,6 +6,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define INSTRUCTIONS avx2
+#define VECTOR 32
+#define TILE 2
 #include "body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -6,6 +6,8 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
 #endif
 #define INSTRUCTIONS avx512
+#define VECTOR 64
+#define TILE 4
 #include "body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

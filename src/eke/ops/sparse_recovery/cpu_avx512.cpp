@@ -1,0 +1,16 @@
+// Sparse solutions with AVX-512 instructions; cpu.cpp calls them where the machine has them.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
+#endif
+#define INSTRUCTIONS avx512
+#define VECTOR 64
+#define TILE 4
+#define BLOCK 16
+#include "body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
