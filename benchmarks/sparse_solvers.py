@@ -121,6 +121,9 @@ def own(problem: unrolled.Problem) -> list[Row]:
         def add(label: str, solver: Callable[[Tensor], Tensor], kind: str, count: int = 1000, bt: Tensor = bt) -> None:
             rows.append(Row(label, lambda: solver(bt[:count]), count, kind))
 
+        proved = unrolled.Exact(at)
+        add(f"eke Exact, {name}", proved, "exact")
+        add(f"eke Exact, one problem, {name}", proved, "exact", 1)
         twelve, exact = unrolled.VAMP(at, iterations=12), unrolled.VAMP(at, iterations=6, polish=3)
         add(f"eke VAMP, 12 steps, {name}", twelve, "message passing")
         add(f"eke VAMP, 12 steps, one problem, {name}", twelve, "message passing", 1)
@@ -250,6 +253,7 @@ def conditions(batch: int) -> list[dict[str, object]]:
             "case": name,
             "VAMP": problem.nmse_db(unrolled.VAMP(problem.A, iterations=30)(problem.b)),
             "VAMP that knows prior and noise": problem.nmse_db(informed(problem.b)),
+            "Exact": problem.nmse_db(unrolled.Exact(problem.A)(problem.b)),
             "VAMP, polished": problem.nmse_db(unrolled.VAMP(problem.A, iterations=20, polish=3)(problem.b)),
             "HTP": part(unrolled.htp(problem.A, problem.b[:some], sparsity=nonzeros).x),
             "OMP": part(unrolled.omp(problem.A, problem.b[:some], sparsity=nonzeros).x),

@@ -146,3 +146,18 @@ def test_another_matrix_is_refused(other):
     given = problem()
     with pytest.raises(ValueError, match="otherwise must be for the same A, one for all samples, got Dense"):
         unrolled.Exact(given.A, otherwise=other(given.A))
+
+
+def test_what_runs_away_is_answered_by_the_shortest_solution():
+    steps, at = torch.arange(512.0), torch.arange(64.0)[:, None] + 0.5
+    a = torch.cos(torch.pi * at * steps / 512).double()
+    a = a / torch.linalg.vector_norm(a, dim=0)
+    x = torch.zeros(30, 512, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    x.scatter_(1, torch.randint(512, (30, 12), generator=generator), 1.0)
+    b = x @ a.T
+    for found in (unrolled.exact(a, b), unrolled.exact(a, b, callback=lambda progress: None)):
+        wrong = ~found.converged
+        assert bool(wrong.any())
+        shortest = torch.linalg.vector_norm(b @ torch.linalg.pinv(a, rtol=1e-6).T, dim=-1)
+        assert bool((torch.linalg.vector_norm(found.x, dim=-1) <= 10.01 * shortest).all())

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops.sparse_recovery import Plan, Range, Rules, advance, available, begin, sparse_recovery
+from ..ops.sparse_recovery import Plan, Range, Rules, advance, available, begin, settled, sparse_recovery
 from ..ops.sparse_recovery import State as Search
 from .operators import Operator
 from .solver import Callback, Solution, SparseSolver, State, report
@@ -121,6 +121,12 @@ class Exact(SparseSolver):
         new = (after.x, y, *list(vars(after).values())[1:])
         return new if operator.batch is None else (*new, space.projection)
 
+    def finish(self, operator: Operator, state: State) -> Tensor:
+        """Return x, and the shortest solution where the search ran away."""
+        del operator
+        x, y, *rest = state
+        return settled(self.prepared()[1], y, Search(x, *rest[:7]))
+
     def change(self, before: State, after: State) -> Tensor:
         """Return 0 where the answer is proved, infinity elsewhere, (batch,)."""
         del before
@@ -133,7 +139,7 @@ class Exact(SparseSolver):
             x, found, _ = sparse_recovery(plan, self._shortest(b), iterations=self.iterations)
         else:
             *_, state = self._states(b, x0)
-            x, found = state[0], state[6].squeeze(-1)
+            x, found = self.finish(self.operator, state), state[6].squeeze(-1)
         return x if self.otherwise is None else self._others(b, x, self._proved(b, x, found))
 
     def _kernel(self, b: Tensor, x0: Tensor | None) -> Plan | None:

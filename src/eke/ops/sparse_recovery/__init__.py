@@ -10,7 +10,7 @@ in the cache.
 from __future__ import annotations
 
 from .native import Plan, available, describe, sparse_recovery
-from .reference import Range, Rules, State, advance, begin, reference
+from .reference import Range, Rules, State, advance, begin, reference, settled
 
 __all__ = [
     "Plan",
@@ -22,5 +22,6 @@ __all__ = [
     "begin",
     "describe",
     "reference",
+    "settled",
     "sparse_recovery",
 ]

@@ -146,22 +146,22 @@ void combine(const T* rows, i64 stride, i64 k, const i64* at, const T* weights, 
   for (; first < stride; first += WIDE) piece<T, 1>(rows, stride, first, k, at, weights, out);
 }
 
-// Least squares on the support of `k` entries in room.kept. Returns whether it explains y down to rounding and is not
-// far longer than it; room.answer has the solution and room.solved its image in any case, if the system was regular.
+// Least squares on the support of `k` entries in room.kept: into room.answer, their image into room.solved. Returns
+// whether they explain y down to rounding; sane: whether the system was regular and they are not far longer than y.
 template <typename T>
-bool explained(const Plan<T>& plan, Room<T>& room, i64 k, T size, bool* regular) {
+bool explained(const Plan<T>& plan, Room<T>& room, i64 k, T size, bool* sane) {
   memset(room.answer, 0, sizeof(T) * plan.stride);
-  *regular =
-      solve_one<T>(k, plan.exact, plan.stride, room.kept, room.target, room.answer, room.triangle, plan.rounding);
-  if (!*regular) return false;
+  *sane = solve_one<T>(k, plan.exact, plan.stride, room.kept, room.target, room.answer, room.triangle, plan.rounding);
+  if (!*sane) return false;
   T length = 0;
   for (i64 j = 0; j < k; j++) {
     room.weights[j] = room.answer[room.kept[j]];
     length += room.weights[j] * room.weights[j];
   }
+  *sane = sqrt(length) <= plan.longest * size;
+  if (!*sane) return false;
   combine<T>(plan.exact, plan.stride, k, room.kept, room.weights, room.solved);
-  const T left = distance(plan.n, room.target, room.solved);
-  return sqrt(left) <= plan.rounding * 20 * size && sqrt(length) <= plan.longest * size;
+  return sqrt(distance(plan.n, room.target, room.solved)) <= plan.rounding * 20 * size;
 }
 
 // One sample: y = A^+ b (n) in, x (n) out. Returns whether x explains y down to rounding.
@@ -201,12 +201,12 @@ bool recover_one(const Plan<T>& plan, Room<T>& room, const T* y, T* x, i64* step
         denoise(n, room.seen, room.image, room.message, back, odds, slope, a, room.likely, room.mean);
     i64 chosen = found.missed < plan.doubt ? above(plan.stride, room.likely, 0.5f, room.kept) : 0;
     if (chosen && chosen <= plan.most) {
-      bool regular;
-      if (explained(plan, room, chosen, size, &regular)) {
+      bool sane;
+      if (explained(plan, room, chosen, size, &sane)) {
         scaled(n, room.answer, unit, x);
         return true;
       }
-      if (regular) {
+      if (sane) {
         // least squares leave far less than the step did: go on from them
         scaled(n, room.answer, (T)1, room.message);
         scaled(n, room.solved, (T)1, room.image);
@@ -224,7 +224,11 @@ bool recover_one(const Plan<T>& plan, Room<T>& room, const T* y, T* x, i64* step
     combine<float>(plan.guiding, plan.stride, chosen, room.kept, room.values, room.next);
     extrinsic(n, room.seen, room.likely, room.mean, room.next, cut, back, u, room.message, room.image);
   }
-  for (i64 i = 0; i < n; i++) x[i] = (T)room.mean[i] * unit;
+  // what ran away says nothing: the shortest solution does
+  float length = 0;
+  for (i64 i = 0; i < n; i++) length += room.mean[i] * room.mean[i];
+  const bool sane = sqrtf(length) <= (float)(plan.longest * size);
+  for (i64 i = 0; i < n; i++) x[i] = sane ? (T)room.mean[i] * unit : y[i];
   return false;
 }
 

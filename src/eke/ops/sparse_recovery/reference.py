@@ -110,7 +110,13 @@ def reference(space: Range, y: Tensor, *, iterations: int) -> tuple[Tensor, Tens
         if bool(state.found.all()):
             break
         state = advance(space, y, state)
-    return state.x, state.found.squeeze(-1), state.steps.squeeze(-1)
+    return settled(space, y, state), state.found.squeeze(-1), state.steps.squeeze(-1)
+
+
+def settled(space: Range, y: Tensor, state: State) -> Tensor:
+    """Return x, (batch, n), and the shortest solution where the search ran away."""
+    longest = space.rules.longest * torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return torch.where(torch.linalg.vector_norm(state.x, dim=-1, keepdim=True) <= longest, state.x, y)
 
 
 def begin(space: Range, y: Tensor, x0: Tensor | None = None) -> State:
@@ -153,7 +159,7 @@ def advance(space: Range, y: Tensor, state: State) -> State:
     odds = torch.logit(state.density) + degrees * torch.log(e / (state.spread + e))
     p = torch.sigmoid(odds + degrees * a / e * power)
     missed = torch.where(p > 0.5, 0, p).sum(-1, keepdim=True)
-    x, image, found, regular = _least_squares(space, y, p, missed < rules.doubt)
+    x, image, found, sane = _least_squares(space, y, p, missed < rules.doubt)
     mean = a * p * q
     kept = torch.where(p > rules.share * state.density, mean, 0)
     count = p.sum(-1, keepdim=True)
@@ -161,10 +167,10 @@ def advance(space: Range, y: Tensor, state: State) -> State:
     count = count.clamp_min(1e-6 * n)
     fresh = State(
         x=torch.where(found, x, mean * state.scale),
-        message=torch.where(regular, x / state.scale, (kept - u * q) / (1 - u)),
-        image=torch.where(regular, image / state.scale, (space.project(kept) - u * turned) / (1 - u)),
-        density=torch.where(regular, state.density, (count / n).clamp_max(0.999)),
-        spread=torch.where(regular, state.spread, a.square() * (p * power).sum(-1, keepdim=True) / count + a * e),
+        message=torch.where(sane, x / state.scale, (kept - u * q) / (1 - u)),
+        image=torch.where(sane, image / state.scale, (space.project(kept) - u * turned) / (1 - u)),
+        density=torch.where(sane, state.density, (count / n).clamp_max(0.999)),
+        spread=torch.where(sane, state.spread, a.square() * (p * power).sum(-1, keepdim=True) / count + a * e),
         found=found,
         steps=state.steps + 1,
         scale=state.scale,
@@ -182,12 +188,12 @@ def _least_squares(space: Range, y: Tensor, p: Tensor, tried: Tensor) -> tuple[T
         tried: (batch, 1).
 
     Returns:
-        x and P x (batch, n), zero where nothing was tried, which are exact, and which systems were regular, (batch, 1).
+        x and P x (batch, n), zero where nothing was tried; which are exact, and which are of use, (batch, 1).
     """
     rules, likely = space.rules, p > 0.5
     count = likely.sum(-1, keepdim=True)
     tried = tried & (count > 0) & (count <= most(space.rank, y.shape[-1]))
-    x, image, regular = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(tried)
+    x, image, sane = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(tried)
     rows = tried.squeeze(-1).nonzero().squeeze(-1)
     if not len(rows):
         return x, image, tried, tried
@@ -204,13 +210,13 @@ def _least_squares(space: Range, y: Tensor, p: Tensor, tried: Tensor) -> tuple[T
     pivots = factor.diagonal(dim1=-2, dim2=-1).real.square()
     eps = torch.finfo(y.dtype).eps
     sound = (info == 0).unsqueeze(-1) & (pivots.amin(-1, keepdim=True) > rules.rounding / 20 * eps)
-    regular[rows] = sound
     x[rows] = torch.zeros_like(y[rows]).scatter(1, support, torch.where(sound & inside, solved, 0))
     image[rows] = part.project(x[rows])
     size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    sane[rows] = sound
+    sane &= torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= rules.longest * size
     off = torch.linalg.vector_norm(y - image, dim=-1, keepdim=True)
-    sane = torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= rules.longest * size
-    return x, image, regular & sane & (off <= rules.rounding * eps * size), regular
+    return x, image, sane & (off <= rules.rounding * eps * size), sane
 
 
 def most(rank: int, n: int) -> int:
