@@ -10,10 +10,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eke.linalg import Metric, best_chain, bit_reversal, factorize, fixed_support, fourier, hadamard, interface_errors
+from eke.linalg import (
+    Metric,
+    best_chain,
+    bit_reversal,
+    factorize,
+    fixed_support,
+    fourier,
+    hadamard,
+    interface_errors,
+    spectrum,
+)
 from eke.linalg.fixed_support import Interface, expand, multiply
 from eke.ops import ks_chain_matmul, pair_splits
-from eke.patterns import Chain, KSPattern, enumerate_chains, to_dense
+from eke.patterns import Chain, KSPattern, divisors, enumerate_chains, to_dense
 
 CHAINS = [
     Chain.butterfly(16),
@@ -532,6 +542,34 @@ def test_sides_of_many_divisors_are_searched_on_a_coarser_grid():
             assert choice.factorization.upper_bound <= factorize(matrix, monarch).upper_bound + 1e-12
     member = factorize(matrix, Chain.radix([4, 5, 6], [3, 4, 6])).to_dense()
     assert best_chain(member, tolerance=1e-6).factorization.error <= 1e-6
+
+
+@pytest.mark.parametrize("share", [0.6, 0.35])
+def test_a_budget_is_used_up_where_rank_buys_accuracy(share):
+    """Against every two-factor chain of the largest rank that fits: ranks off the grid among them."""
+    matrix = noise(96, 120, seed=3)
+    budget = int(share * matrix.numel())
+    found = best_chain(matrix, max_params=budget).factorization
+    for q in divisors(96):
+        for p in divisors(120):
+            rank = min(budget // (p * 96 + 120 * (96 // q)), q, 120 // p)
+            if rank >= 1 and (q, p) not in ((1, 1), (96, 120)) and min(q, 120 // p) > 1:
+                chain = Chain.radix([q, 96 // q], [p, 120 // p], ranks=[rank])
+                assert found.upper_bound <= interface_errors(matrix, chain).square().sum().sqrt() * (1 + 1e-9), chain
+
+
+@pytest.mark.parametrize("tolerance", [0.7, 0.4])
+def test_ranks_beyond_what_a_tolerance_needs_are_given_up(tolerance):
+    """Against every two-factor chain of the smallest rank that will do."""
+    matrix = noise(96, 120, seed=4)
+    found = best_chain(matrix, tolerance=tolerance).factorization
+    assert found.error <= tolerance
+    for q in divisors(96):
+        for p in divisors(120):
+            if (q, p) not in ((1, 1), (96, 120)):
+                tails = spectrum(matrix, q, p).sqrt() / matrix.norm()
+                rank = int((tails <= tolerance * (1 - 1e-9)).nonzero()[0])
+                assert found.parameters <= max(rank, 1) * (p * 96 + 120 * (96 // q))
 
 
 @pytest.mark.parametrize("budget", [8 * 12, 60, 48, 30, 20])

@@ -5,7 +5,8 @@ descending ones are those of the transpose. In such a family the error E_s of an
 rows Q = q_1 ... q_s and columns P = p_1 ... p_s split off so far, and the rank r (`spectrum`). So its chains are the
 paths from (1, 1, 1) to (b, c, 1) in one graph, whose steps cost a d P' (b / Q) r r' parameters. Two searches:
 
-    smallest sum of E_s^2, the proved bound of the error:   Pareto fronts of (parameters, sum) at each node
+    smallest sum of E_s^2, the proved bound of the error:   Pareto fronts of (parameters, sum) at each node, ranks
+                                                            then adjusted along the best paths
     smallest max of E_s, below which no chain can come:     shortest path with the least rank that each node needs
 
 The first gives candidates, which are factorized and measured; the second says how much better any chain could be. A
@@ -17,11 +18,9 @@ pair of divisors, then the fronts; about 15 s of one core for 384 x 384.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +28,9 @@ from ..patterns import Chain, KSPattern, divisors, from_dense
 from .bounds import normalized, outside_energy, spectrum
 from .factorization import Factorization
 from .hierarchical import check_matrix, factorize
+from .paths import Energies, best_paths, fewest, least_energy
 
 _CANDIDATES = 6
-_MANY, _KEPT = 64, 12
-"""Pairs of divisors from which ranks are coarser and fronts are thinned to so many paths of each rank."""
-_Node = tuple[int, int]
-_Energies = dict[_Node, np.ndarray]
 _Found = tuple[int, float, Chain]
 
 
@@ -62,8 +58,8 @@ def best_chain(matrix: Tensor, *, max_params: int | None = None, tolerance: floa
     """Choose a chain for a matrix, among all that `factorize` takes: ascending and descending, of any product pattern.
 
     The search minimises what is proved, the upper bound of the error, over ranks 1 to 8 and a grid of larger ones (a
-    coarser grid, and thinned fronts, where sides have many divisors), measures the most promising candidates, and says
-    what no chain of any rank could beat.
+    coarser grid, and thinned fronts, where sides have many divisors), adjusts the ranks of the best paths, measures the
+    most promising candidates, and says what no chain of any rank could beat. Two factors are tried at every rank.
 
     Args:
         matrix: (m, n), real or complex.
@@ -108,7 +104,7 @@ def _nearest(matrix: Tensor, max_params: int) -> ChainChoice:
     for family in families:
         if family.outside < bound and family.fewest(math.inf) <= max_params:
             least = min(least, family.least_energy(max_params))
-            found += family.front(max_params)
+            found += family.best(max_params)
             bound = min(bound, min(energy for _, energy, _ in found))
     tried = [factorize(matrix, chain) for _, _, chain in sorted(found, key=lambda f: (f[1], f[0]))[:_CANDIDATES]]
     return ChainChoice(min(tried, key=lambda f: f.error), math.sqrt(least), None)
@@ -121,7 +117,7 @@ def _smallest(matrix: Tensor, tolerance: float) -> ChainChoice:
     few = min(family.fewest(limit) for family in families)
     found: list[_Found] = [(most, 0.0, Chain([(1, matrix.shape[0], matrix.shape[1], 1)]))]
     for family in families:
-        found += family.front(most)
+        found += family.best(most, limit=limit)
         most = min(parameters for parameters, energy, _ in found if energy <= limit)
     found.sort(key=lambda f: f[:2])
     sure = next(i for i, (_, energy, _) in enumerate(found) if energy <= limit)
@@ -149,7 +145,7 @@ class _Family:
     outside: float
 
     @cached_property
-    def energies(self) -> _Energies:
+    def energies(self) -> Energies:
         """E_s^2 by rank, of the blocks together, for every pair of divisors but the corners."""
         _, b, c, _ = self.pattern
         return {
@@ -169,18 +165,18 @@ class _Family:
         _, b, c, _ = self.pattern
         if limit == math.inf:
             return self.copies * min(b + c, b * c)
-        return self.copies * _fewest(self.energies, b, c, limit - self.outside)
+        return self.copies * fewest(self.energies, b, c, limit - self.outside)
 
     def least_energy(self, max_params: int) -> float:
         """Return the smallest max of E_s^2 over the chains within a limit on parameters."""
         _, b, c, _ = self.pattern
-        return self.outside + _least_energy(self.energies, b, c, max_params // self.copies)
+        return self.outside + least_energy(self.energies, b, c, max_params // self.copies)
 
-    def front(self, max_params: int) -> list[_Found]:
-        """Return the Pareto front of (parameters, sum of E_s^2) within a limit, with the chains."""
+    def best(self, max_params: int, *, limit: float = -math.inf) -> list[_Found]:
+        """Return parameters, sum of E_s^2 and chain of promising chains within a limit; see `best_paths`."""
         _, b, c, _ = self.pattern
-        found = _paths(self.energies, b, c, max_params // self.copies)
-        return [(self.copies * size, self.outside + energy, self._whole(chain)) for size, energy, chain in found]
+        found = best_paths(self.energies, b, c, max_params // self.copies, limit=limit - self.outside)
+        return [(self.copies * p.parameters, self.outside + p.energy, self._whole(p.chain)) for p in found]
 
     def _whole(self, chain: Chain) -> Chain:
         """Return the chain of the matrix of which each block has a given one."""
@@ -205,148 +201,3 @@ def _families(matrix: Tensor) -> list[_Family]:
                 outside = float(outside_energy(one, values))
                 found.append(_Family(pattern, transposed, values.permute(0, 3, 1, 2), outside))
     return sorted(found, key=lambda family: family.outside)
-
-
-def _successors(energies: _Energies, rows: int, cols: int, node: _Node) -> Iterator[_Node]:
-    """Yield the nodes that one factor leads to, the last one included."""
-    for q, p in [*energies, (rows, cols)]:
-        if (q, p) != node and q % node[0] == 0 and p % node[1] == 0:
-            yield q, p
-
-
-def _in_order(energies: _Energies) -> list[_Node]:
-    return [(1, 1), *sorted(energies, key=math.prod)]
-
-
-def _fewest(energies: _Energies, rows: int, cols: int, limit: float) -> int:
-    """Return the fewest parameters of a chain of which every E_s^2 is at most a limit."""
-    if rows == cols == 1:
-        return 1
-    rank = {(1, 1): 1, (rows, cols): 1}
-    for node, tails in energies.items():
-        kept = np.flatnonzero(tails[1:-1] <= limit)
-        if len(kept):
-            rank[node] = int(kept[0]) + 1
-    best: dict[_Node, int] = {(1, 1): 0}
-    for node in _in_order(energies):
-        if node in best and node in rank:
-            for q, p in _successors(energies, rows, cols, node):
-                if (q, p) in rank:
-                    cost = best[node] + p * (rows // node[0]) * rank[node] * rank[q, p]
-                    best[q, p] = min(cost, best.get((q, p), cost))
-    return best[rows, cols]
-
-
-def _least_energy(energies: _Energies, rows: int, cols: int, max_params: int) -> float:
-    """Return the smallest max of E_s^2 over all chains within a limit on parameters, by bisection over its values."""
-    values = np.unique(np.concatenate([np.zeros(1), *(tails[1:-1] for tails in energies.values())]))
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _fewest(energies, rows, cols, float(values[middle])) <= max_params:
-            high = middle
-        else:
-            low = middle + 1
-    return float(values[low])
-
-
-def _paths(energies: _Energies, rows: int, cols: int, limit: int) -> list[_Found]:
-    """Return the Pareto front of (parameters, sum of E_s^2) over chains within a limit, with the chains.
-
-    Of many divisors only some points of each node's fronts are kept, spread evenly.
-    """
-    if rows == cols == 1:
-        return [(1, 0.0, Chain([(1, 1, 1, 1)]))] if limit >= 1 else []
-    last = (rows, cols)
-    coarse = len(energies) > _MANY
-    ranks = {node: _ranks(len(tails) - 2, coarse=coarse) for node, tails in energies.items()}
-    ranks[last] = np.ones(1, dtype=np.int64)
-    one = np.ones(1, np.int64)
-    start = _Labels(0 * one, np.zeros(1), one, [], 0 * one)
-    arrived: dict[_Node, list[_Labels]] = {(1, 1): [start]}
-    final = start
-    for node in [*_in_order(energies), last]:
-        here = arrived.pop(node, [])
-        if not here:
-            continue
-        labels = _Labels.front(here, most=_KEPT if coarse else None)
-        if node == last:
-            final = labels
-            continue
-        for q, p in _successors(energies, rows, cols, node):
-            size = p * (rows // node[0]) * labels.rank[:, None] * ranks[q, p] + labels.parameters[:, None]
-            tails = energies.get((q, p))
-            energy = labels.energy[:, None] + (np.zeros(1) if tails is None else tails[ranks[q, p]])
-            origin, rank = np.nonzero(size <= limit)
-            if len(origin):
-                step = (labels, node, (q, p))
-                made = _Labels(size[origin, rank], energy[origin, rank], ranks[q, p][rank], [step], origin)
-                arrived.setdefault((q, p), []).append(made)
-    if final is start:
-        return []
-    return [(int(final.parameters[i]), float(final.energy[i]), final.chain(i)) for i in range(len(final.parameters))]
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Paths to one node: what they cost, what they lose, the rank they arrive with, and where they came from.
-
-    Args:
-        parameters: (k,).
-        energy: (k,).
-        rank: (k,).
-        steps: (labels of the node before, it, this node), for every node that paths came from.
-        origin: (k,): positions in the labels of all these nodes, one after the other.
-    """
-
-    parameters: np.ndarray
-    energy: np.ndarray
-    rank: np.ndarray
-    steps: list[tuple[_Labels, _Node, _Node]]
-    origin: np.ndarray
-
-    @classmethod
-    def front(cls, parts: list[_Labels], *, most: int | None) -> _Labels:
-        """Return the paths that no other one of the same rank beats in both; at most so many of each rank."""
-        offsets = np.cumsum([0, *(len(part.steps[0][0].parameters) if part.steps else 0 for part in parts)])
-        parameters, energy, rank = (np.concatenate(c) for c in zip(*((x.parameters, x.energy, x.rank) for x in parts)))
-        origin = np.concatenate([part.origin + offset for part, offset in zip(parts, offsets)])
-        order = np.lexsort((energy, parameters, rank))
-        kept = []
-        for group in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
-            lowest = np.minimum.accumulate(energy[group])
-            better = np.concatenate(([True], energy[group][1:] < lowest[:-1] * (1 - 1e-9)))
-            found = group[better]
-            if most is not None and len(found) > most:
-                sizes = np.log(parameters[found] + 1.0)
-                goals = np.linspace(sizes[0], sizes[-1], most)
-                found = found[np.unique(np.searchsorted(sizes, goals - 1e-12))]
-            kept.append(found)
-        chosen = np.concatenate(kept)
-        steps = [step for part in parts for step in part.steps]
-        return cls(parameters[chosen], energy[chosen], rank[chosen], steps, origin[chosen])
-
-    def chain(self, index: int) -> Chain:
-        """Return the chain of a path that is complete."""
-        factors, ranks = [], []
-        labels = self
-        while labels.steps:
-            position = int(labels.origin[index])
-            step = 0
-            while position >= len(labels.steps[step][0].parameters):
-                position -= len(labels.steps[step][0].parameters)
-                step += 1
-            before, node, here = labels.steps[step]
-            factors.append((here[0] // node[0], here[1] // node[1]))
-            ranks.append(int(before.rank[position]))
-            labels, index = before, position
-        factors.reverse()
-        return Chain.radix([q for q, _ in factors], [p for _, p in factors], ranks=ranks[-2::-1])
-
-
-def _ranks(most: int, *, coarse: bool) -> np.ndarray:
-    """Return ranks up to a limit: 1 ... 8 and then every fifth part more, or every second part more from 1 on."""
-    found = [1] if coarse else list(range(1, min(most, 8) + 1))
-    while found and found[-1] < most:
-        found.append(min(most, math.ceil((1.5 if coarse else 1.25) * found[-1])))
-    return np.array(found, dtype=np.int64)
