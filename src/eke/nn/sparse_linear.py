@@ -249,7 +249,7 @@ class SparseLinear(nn.Module):
         if way == "dense":
             return lambda x: nn.functional.linear(x, whole, bias)
         if way == "csr":
-            with warnings.catch_warnings():  # torch says once that such tensors are in beta: they are gated by tests here
+            with warnings.catch_warnings():  # torch says once that these tensors are in beta
                 warnings.simplefilter("ignore", UserWarning)
                 packed = whole.to_sparse_csr()
             if bias is None:

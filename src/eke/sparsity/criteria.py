@@ -64,7 +64,7 @@ class LossModel:
     def parts(self, model: nn.Module, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (-g w, 1/2 h w^2) for the named parameters; a part that the model leaves out is 0."""
         chosen(model, names)
-        sites = _sites_of(model, names)
+        sites = sites_of(model, names)
         how = self.fisher if self.uses_curvature else None
         found: dict[str, Diagonal] = gauss_newton_diagonal(
             model, self.loss, self.batches, list(sites.values()), fisher=how, generator=self.generator
@@ -122,9 +122,9 @@ class OBS:
     def __call__(self, model: nn.Module, names: Sequence[str]) -> Scores:
         """Return the scores of the named parameters."""
         chosen(model, names)
-        sites = _sites_of(model, names)
+        sites = sites_of(model, names)
         scores = {}
-        for name, moment in _input_moments(model, self.loss, self.batches, sites).items():
+        for name, moment in input_moments(model, self.loss, self.batches, sites).items():
             site = sites[name]
             level = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
             eye = torch.eye(moment.shape[1], dtype=moment.dtype)
@@ -151,9 +151,9 @@ class Wanda:
     def __call__(self, model: nn.Module, names: Sequence[str]) -> Scores:
         """Return the scores of the named parameters."""
         chosen(model, names)
-        sites = _sites_of(model, names)
+        sites = sites_of(model, names)
         scores = {}
-        for name, moment in _input_moments(model, self.loss, self.batches, sites).items():
+        for name, moment in input_moments(model, self.loss, self.batches, sites).items():
             site = sites[name]
             weight = site.matrix_of(site.tensor(model).detach()).double().abs()
             norms = moment.diagonal(dim1=1, dim2=2).sqrt()[:, None]
@@ -181,7 +181,7 @@ class WoodFisher:
     def __call__(self, model: nn.Module, names: Sequence[str]) -> Scores:
         """Return the scores of the named parameters."""
         chosen(model, names)
-        sites = _sites_of(model, names)
+        sites = sites_of(model, names)
         total = sum(samples for _, samples in _passes(model, self.loss, self.batches, sites))
         inverses: dict[str, Tensor] = {}
         for gradients in _example_gradients(model, self.loss, self.batches, sites):
@@ -216,7 +216,12 @@ def chosen(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     return {name: known[name] for name in names}
 
 
-def _sites_of(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
+def sites_of(model: nn.Module, names: Sequence[str]) -> dict[str, Site]:
+    """Return the matrix sites of the named parameters, whose inputs and outputs can be seen.
+
+    Raises:
+        ValueError: if a name is none of them.
+    """
     known = {site.parameter_name: site for site in find(model)}
     for name in names:
         if name not in known or not known[name].visible:
@@ -238,7 +243,7 @@ def _passes(
             yield {name: calls.get(site.boundary, []) for name, site in sites.items()}, samples
 
 
-def _input_moments(model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site]) -> Scores:
+def input_moments(model: nn.Module, loss: Loss, batches: Iterable[Batch], sites: Mapping[str, Site]) -> Scores:
     """Return sums of a a^T (groups, n, n) over all samples and locations, float64."""  # noqa: DOC501
     sums: Scores = {}
     for calls, _ in _passes(model, loss, batches, sites):
