@@ -4,11 +4,20 @@
     y = ops.ks_matmul_batch_last(x, blocks)            # first dimension of x
     y = ops.ks_chain_matmul(x, [left, middle, right])  # a product of factors, a tile of the batch at a time
     y = ops.sparse_matmul(x, values, columns, starts)  # a matrix with few entries that lie anywhere
+    y, state = ops.linear_attention(q, k, v, causal=True)  # attention in linear time
 
 Each operation is a folder; its `reference.py` is the specification that every other implementation must agree with.
 """
 
 from .ks_matmul import choose_algorithm, ks_chain_matmul, ks_matmul, ks_matmul_batch_last
+from .linear_attention import linear_attention
 from .sparse_matmul import sparse_matmul
 
-__all__ = ["choose_algorithm", "ks_chain_matmul", "ks_matmul", "ks_matmul_batch_last", "sparse_matmul"]
+__all__ = [
+    "choose_algorithm",
+    "ks_chain_matmul",
+    "ks_matmul",
+    "ks_matmul_batch_last",
+    "linear_attention",
+    "sparse_matmul",
+]
