@@ -79,7 +79,10 @@ class SparseLinear(nn.Module):
         self.register_buffer("columns", groups.nonzero()[:, 1].to(torch.int32))
         self.register_buffer("starts", nn.functional.pad(groups.sum(1).cumsum(0), (1, 0)))
         self.values = nn.Parameter(torch.empty(len(self.columns), self.block, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        )
         self._prepared: tuple[Way, list[int], tuple[Tensor | None, ...], Product] | None = None
         self._choices: dict[tuple[int, int], Way] = {}
         self.reset_parameters()
@@ -204,9 +207,10 @@ class SparseLinear(nn.Module):
 
     def _free(self, x: Tensor) -> bool:
         """Return whether the fastest way may be taken: on the CPU, unwatched, without gradients."""
-        if torch.compiler.is_compiling() or not direct(x, self.values):
+        values = self._parameters["values"]
+        if values is None or not direct(x, values):
             return False
-        return x.dtype == self.values.dtype and x.numel() > 0 and not self.values.is_inference()
+        return x.dtype == values.dtype and x.numel() > 0 and not values.is_inference()
 
     def _used(self) -> tuple[Tensor, Tensor]:
         """Return the rows and the columns that keep anything."""
@@ -229,9 +233,10 @@ class SparseLinear(nn.Module):
 
     def _product(self, way: Way) -> Product:
         """Return the product by one way; what it is made from is kept for as long as values and bias stay."""
-        bias = self.bias
-        held: tuple[Tensor | None, ...] = (self.values, self.columns, self.starts, bias)
-        state = [self.values.data_ptr(), 0 if bias is None else bias.data_ptr()]
+        # Looked up here: an attribute of a module costs as much as a comparison of pointers.
+        buffers, bias = self._buffers, self._parameters["bias"]
+        held = (self._parameters["values"], buffers["columns"], buffers["starts"], bias)
+        state = [0 if t is None else t.data_ptr() for t in held]
         if way != "native":
             state += [0 if t is None else t._version for t in held]
         known = self._prepared
