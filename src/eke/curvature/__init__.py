@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .basis import Basis, gathered, solved
+from .basis import Basis, solved
 from .capture import Calls, Capture
 from .curvature import Curvature
 from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
-from .examples import Rows, Sharing, rows_of, shared_rows
+from .examples import Rows, Sharing, along, rows_of, shared_rows
 from .factors import Factors
 from .likelihood import Likelihood, pulls
 from .lookups import Lookups
@@ -27,7 +27,7 @@ __all__ = [
     "Recorder",
     "Rows",
     "Sharing",
-    "gathered",
+    "along",
     "gauss_newton_diagonal",
     "private_copy",
     "pulls",

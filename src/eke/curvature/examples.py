@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..sites import Site
 from .basis import gathered
@@ -37,12 +38,14 @@ class Rows:
     """Examples of a batch at one layer.
 
     Args:
-        a: Inputs (groups, examples, locations, n), with a last column of ones where the layer has a bias.
+        a: Inputs (groups, examples, locations, n).
         g: Gradients of each example's own loss (groups, examples, locations, m / groups).
+        ones: Whether inputs have a last column of ones, for a bias, that is not stored.
     """
 
     a: Tensor
     g: Tensor
+    ones: bool = False
 
     @property
     def examples(self) -> int:
@@ -50,50 +53,79 @@ class Rows:
         return self.a.shape[1]
 
     @property
+    def locations(self) -> int:
+        """Number of locations."""
+        return self.a.shape[2]
+
+    @property
     def widths(self) -> tuple[int, int]:
-        """(m / groups, n)."""
-        return self.g.shape[3], self.a.shape[3]
+        """(m / groups, n), n with the column of ones."""
+        return self.g.shape[3], self.a.shape[3] + self.ones
+
+    @property
+    def inputs(self) -> Tensor:
+        """Inputs with the column of ones."""
+        if not self.ones:
+            return self.a
+        return torch.cat([self.a, self.a.new_ones(()).expand(*self.a.shape[:3], 1)], 3)
 
     def factors(self, *, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
         """Return A = E[sum_l a a^T] and the mean of g g^T over examples and locations: (groups, n, n), or the diagonal
         (groups, n) of what is not wanted whole.
         """  # noqa: D205
-        found = [_moment(x.flatten(1, 2), whole) for x, whole in zip((self.a, self.g), wanted)]
-        return found[0].div_(self.examples), found[1].div_(max(1, self.g.shape[1] * self.g.shape[2]))
+        a, g = self.a.flatten(1, 2), self.g.flatten(1, 2)
+        first, second = _moment(a, wanted[0]), _moment(g, wanted[1]).div_(max(1, g.shape[1]))
+        if self.ones:
+            count = a.new_full((a.shape[0], 1), a.shape[1])
+            first = _bordered(first, a.sum(1), count) if wanted[0] else torch.cat([first, count], 1)
+        return first.div_(self.examples), second
 
-    def channels(self, taps: int, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    def channels(self, taps: int) -> tuple[Tensor, Tensor | None]:
         """Return second moments of a convolution's input channels, whatever the tap of the kernel, and of the centre's
         with the constant 1 of the bias.
 
         Args:
             taps: Taps of the kernel, the last dimension of the inputs.
-            bias: Whether a column of ones follows.
 
         Returns:
             (groups, channels, channels) and (groups, channels + 1, channels + 1), None without a bias; as mean over
             examples and taps of the sum over locations.
         """  # noqa: D205
-        a = self.a.flatten(1, 2)
-        inputs = a[:, :, : a.shape[2] - bias].reshape(*a.shape[:2], -1, taps)
-        rows = inputs.transpose(2, 3).flatten(1, 2)
+        rows = self.a.flatten(1, 2).reshape(self.a.shape[0], -1, self.a.shape[3] // taps, taps)
+        rows = rows.transpose(2, 3).flatten(1, 2)
         moment = (rows.mT @ rows).div_(self.examples * taps)
-        if not bias:
+        if not self.ones:
             return moment, None
-        line = rows.sum(1, keepdim=True) / (self.examples * taps)
-        corner = line.new_full((len(line), 1, 1), self.a.shape[2])
-        return moment, torch.cat([torch.cat([moment, line.mT], 2), torch.cat([line, corner], 2)], 1)
+        line = rows.sum(1) / (self.examples * taps)
+        return moment, _bordered(moment, line, line.new_full((len(line), 1), self.locations))
 
     def turned(self, g_basis: Tensor | None, a_basis: Tensor | None) -> Rows:
         """Return the rows in other bases; None stands for the identity."""
-        return Rows(_turned(self.a, a_basis), _turned(self.g, g_basis))
+        if a_basis is None:
+            return Rows(self.a, _turned(self.g, g_basis), self.ones)
+        if not self.ones:
+            return Rows(_turned(self.a, a_basis), _turned(self.g, g_basis))
+        a = torch.baddbmm(a_basis[:, -1:], self.a.flatten(1, 2), a_basis[:, :-1])
+        shape = (*self.a.shape[:3], a_basis.shape[2])
+        return Rows(a.reshape(shape), _turned(self.g, g_basis))
 
     def gradient(self) -> Tensor:
         """Return the mean of the examples' gradients (groups, m / groups, n)."""
-        return (self.g.flatten(1, 2).mT @ self.a.flatten(1, 2)).div_(self.examples)
+        g = self.g.flatten(1, 2)
+        found = g.mT @ self.a.flatten(1, 2)
+        if self.ones:
+            found = torch.cat([found, g.sum(1)[:, :, None]], 2)
+        return found.div_(self.examples)
 
     def squares(self) -> Tensor:
         """Return the mean over examples of the squares of their gradients' entries, (groups, m / groups, n)."""
         return self.energies(None, None)
+
+    @property
+    def summed_first(self) -> bool:
+        """Whether it is less work to turn the examples' gradients than their rows."""
+        m, n = self.widths
+        return self.locations > 1 and m * n * (m + n) < self.locations * (m * m + n * n)
 
     def energies(self, g_basis: Tensor | None, a_basis: Tensor | None) -> Tensor:
         """Return the mean over examples of the squares of their gradients along pairs of directions.
@@ -106,26 +138,67 @@ class Rows:
             (groups, p [+ 1], q [+ 1]); where there are fewer directions than dimensions, the last row (column) is the
             sum along everything orthogonal to them.
         """
-        if self.a.shape[2] == 1:
-            lines = [squared(x[:, :, 0], basis) for x, basis in ((self.g, g_basis), (self.a, a_basis))]
-            return (lines[0].mT @ lines[1]).div_(self.examples)
-        rest = tuple(0 if b is None else b.shape[1] - b.shape[2] for b in (g_basis, a_basis))
-        turned = self.turned(g_basis, a_basis)
-        groups, m, n = self.g.shape[0], self.g.shape[3], self.a.shape[3]
+        if self.locations == 1:
+            lines = [_squared_inputs(self, a_basis), squared(self.g[:, :, 0], g_basis)]
+            return (lines[1].mT @ lines[0]).div_(self.examples)
+        whole = _cut(g_basis) or _cut(a_basis)
+        rows = self if whole or self.summed_first else self.turned(g_basis, a_basis)
         total: Tensor | None = None
-        step = max(1, _CHUNK // (groups * m * n))
+        step = max(1, _CHUNK // (self.g.shape[0] * self.widths[0] * self.widths[1]))
         for start in range(0, self.examples, step):
-            part = slice(start, start + step)
-            g, a, whole_g, whole_a = turned.g[:, part], turned.a[:, part], self.g[:, part], self.a[:, part]
-            here = (g.mT @ a).square_().sum(1)
-            if any(rest):
-                rows = (g.mT @ whole_a).square_().sum((1, 3)) if rest[1] else here.sum(2)
-                columns = (whole_g.mT @ a).square_().sum((1, 2)) if rest[0] else here.sum(1)
-                everything = (whole_g.mT @ whole_a).square_().sum((1, 2, 3)) if all(rest) else here.sum((1, 2))
-                here = gathered(here, rows, columns, everything, (rest[0], rest[1]))
+            g, a = rows.g[:, start : start + step], rows.a[:, start : start + step]
+            each = g.mT @ a  # gradients (groups, examples, m, n)
+            if rows.ones:
+                each = torch.cat([each, g.sum(2)[..., None]], 3)
+            here = along(each, g_basis, a_basis) if rows is self else each.square_().sum(1)
             total = here if total is None else total.add_(here)
         assert total is not None
-        return total / self.examples
+        return total.div_(self.examples)
+
+
+def along(each: Tensor, g_basis: Tensor | None, a_basis: Tensor | None) -> Tensor:
+    """Return sums over gradients (groups, examples, m, n) of their squares along pairs of directions.
+
+    Args:
+        each: The gradients.
+        g_basis: As in `Rows.energies`.
+        a_basis: Likewise.
+
+    Returns:
+        As `Rows.energies`, summed over examples.
+    """
+    left = each if g_basis is None else g_basis.mT[:, None] @ each
+    inside = (left if a_basis is None else left @ a_basis[:, None]).square().sum(1)
+    rest = (_cut(g_basis), _cut(a_basis))
+    if not any(rest):
+        return inside
+    rows = left.square().sum((1, 3)) if rest[1] else inside.sum(2)
+    columns = inside.sum(1)
+    if rest[0]:
+        columns = (each if a_basis is None else each @ a_basis[:, None]).square().sum((1, 2))
+    return gathered(inside, rows, columns, each.square().sum((1, 2, 3)), rest)
+
+
+def _cut(basis: Tensor | None) -> int:
+    """Return how many dimensions the directions of a basis leave out."""
+    return 0 if basis is None else basis.shape[1] - basis.shape[2]
+
+
+def _bordered(moment: Tensor, line: Tensor, corner: Tensor) -> Tensor:
+    """Return second moments (groups, n + 1, n + 1) with those of a further coordinate."""
+    top = torch.cat([moment, line[:, :, None]], 2)
+    return torch.cat([top, torch.cat([line, corner], 1)[:, None]], 1)
+
+
+def _squared_inputs(rows: Rows, basis: Tensor | None) -> Tensor:
+    """Return squares of inputs of one location along directions, and of what is left beside them."""
+    if basis is None:
+        return rows.inputs[:, :, 0].square()
+    squares = rows.turned(None, basis).a[:, :, 0].square_()
+    if not _cut(basis):
+        return squares
+    norms = rows.a[:, :, 0].square().sum(2, keepdim=True).add_(int(rows.ones))
+    return torch.cat([squares, norms.sub_(squares.sum(2, keepdim=True)).clamp_min_(0)], 2)
 
 
 def _moment(rows: Tensor, whole: bool) -> Tensor:
@@ -144,7 +217,7 @@ def squared(rows: Tensor, basis: Tensor | None) -> Tensor:
 
 
 def _turned(rows: Tensor, basis: Tensor | None) -> Tensor:
-    return rows if basis is None else (rows.flatten(1, 2) @ basis).view(rows.shape)
+    return rows if basis is None else (rows.flatten(1, 2) @ basis).unflatten(1, rows.shape[1:3])  # type: ignore[no-untyped-call]
 
 
 def rows_of(
@@ -172,7 +245,7 @@ def rows_of(
     """  # noqa: DOC502
     return shared_rows(
         calls,
-        lambda x: site.inputs_to_rows(x).permute(2, 0, 1, 3),
+        lambda x: _inputs(site, x),
         lambda y: _in_groups(site.output_to_rows(y), site.groups),
         bias=bias, sharing="sum" if site.geometry is not None else sharing, mean=mean, loss_scale=loss_scale,
         weights=weights, name=site.name,
@@ -210,8 +283,6 @@ def shared_rows(
         # Sequences of different lengths can only count location by location.
         merged = [(a.flatten(1, 2)[:, :, None], g.flatten(1, 2)[:, :, None]) for a, g in merged]
     a, g = _joined([a for a, _ in merged], 1), _joined([g for _, g in merged], 1)
-    if bias:
-        a = torch.cat([a, a.new_ones(()).expand(*a.shape[:3], 1)], 3)
     if sharing == "reduce" and a.shape[2] > 1:
         a, g = a.mean(2, keepdim=True), g.sum(2, keepdim=True)
     if sharing == "expand":
@@ -226,7 +297,25 @@ def shared_rows(
             raise ValueError(f"{name!r} saw {a.shape[1]} examples, got weights of shape {tuple(weights.shape)}.")
         root = weights.to(g).clamp_min(0).sqrt()
         g = g / torch.where(root > 0, root, torch.ones_like(root))[None, :, None, None]
-    return Rows(a, g)
+    return Rows(a, g, bias)
+
+
+def _inputs(site: Site, x: Tensor) -> Tensor:
+    """Return what the matrix multiplies, (groups, examples, locations, n): of images in one copy, as a view."""
+    geometry = site.geometry
+    dims = 0 if geometry is None else len(geometry.kernel)
+    if geometry is None or geometry.transposed or dims > 2:
+        return site.inputs_to_rows(x).permute(2, 0, 1, 3)
+    x = _computable(x if x.dim() == dims + 2 else x[None])
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
+    if any(sides):
+        x = F.pad(x, sides, mode="constant" if geometry.padding_mode == "zeros" else geometry.padding_mode)
+    line = (1,) * (2 - dims)
+    images = x.reshape(*x.shape[:2], *line, *x.shape[2:])
+    found = F.unfold(
+        images, (*line, *geometry.kernel), dilation=(*line, *geometry.dilation), stride=(*line, *geometry.stride)
+    )
+    return found.unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call]
 
 
 def _in_groups(rows: Tensor, groups: int) -> Tensor:

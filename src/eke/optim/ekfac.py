@@ -307,7 +307,9 @@ class EKFAC(torch.optim.Optimizer):
         batch: Tensor | None = None
         if not is_cut(state):
             turned = None
-            if rows is not None and (variant == "ekfac" or (known and _cheaper(rows, gradient))):
+            if rows is not None and variant == "ekfac" and isinstance(rows, Rows) and rows.summed_first:
+                batch = rows.energies(g, a)
+            elif rows is not None and (variant == "ekfac" or (known and _cheaper(rows, gradient))):
                 turned = rows.turned(g, a)
                 batch = turned.squares() if variant == "ekfac" else None
             if turned is not None and rows is not None and known and self._explains(rows, gradient):
@@ -326,7 +328,7 @@ class EKFAC(torch.optim.Optimizer):
 
     def _explains(self, rows: Rows | Lookups, gradient: Tensor) -> bool:
         """Return whether the gradient is the mean of the rows' outer products, told by one random direction."""
-        if isinstance(rows, Lookups) or rows.a.shape[3] == 1:
+        if isinstance(rows, Lookups):
             return False
         width = gradient.shape[2]
         probe = self._probes.get(width)
@@ -335,7 +337,8 @@ class EKFAC(torch.optim.Optimizer):
             probe = torch.randn(width, 1, generator=generator, dtype=gradient.dtype, device=gradient.device)
             self._probes[width] = probe
         a, g = rows.a.flatten(1, 2), rows.g.flatten(1, 2)
-        expected = (g.mT @ (a @ probe)).div_(rows.examples)
+        seen = a @ probe[:-1] + probe[-1] if rows.ones else a @ probe
+        expected = (g.mT @ seen).div_(rows.examples)
         norms = torch.stack([(gradient @ probe).sub_(expected).norm(), expected.norm()]).tolist()
         return bool(norms[0] <= _SAME * norms[1])
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..curvature import Lookups, Rows, gathered, solved
+from ..curvature import Lookups, Rows, along, solved
 from .basis import Refresh, centred, channel_basis, leading, refreshed, shares, turn
 from .layers import Layer
 
@@ -70,7 +70,7 @@ def update_factors(layer: Layer, state: State, rows: Rows | Lookups, rules: Rule
     batches = rows.factors(wanted=(wanted[0] and not by_channel, wanted[1]))
     found = {"a": batches[0], "g": batches[1]}
     if by_channel and isinstance(rows, Rows) and wanted[0]:
-        found["a"] = centred(*rows.channels(layer.taps, bias=layer.bias is not None), layer.taps)
+        found["a"] = centred(*rows.channels(layer.taps), layer.taps)
     turns: dict[str, Tensor | None] = {"g": None, "a": None}
     fine = True
     for key, batch in found.items():
@@ -159,15 +159,7 @@ def mean_moments(state: State, sums: Tensor) -> Tensor:
 def moments_of_gradient(state: State, gradient: Tensor) -> Tensor:
     """Return squares of a gradient (groups, m, n) along pairs of directions, means where directions are left out."""
     g, a = state.get("g_basis"), state.get("a_basis")
-    rest = tuple(0 if b is None else b.shape[1] - b.shape[2] for b in (g, a))
-    left = gradient if g is None else g.mT @ gradient
-    inside = (left if a is None else left @ a).square_() if a is not None or g is not None else gradient.square()
-    if not any(rest):
-        return inside
-    rows = left.square().sum(2) if rest[1] else inside.sum(2)
-    columns = (gradient if a is None else gradient @ a).square().sum(1) if rest[0] else inside.sum(1)
-    found = gathered(inside, rows, columns, gradient.square().sum((1, 2)), (rest[0], rest[1]))
-    return mean_moments(state, found)
+    return mean_moments(state, along(gradient[:, None], g, a))
 
 
 def product_moments(state: State) -> Tensor:
