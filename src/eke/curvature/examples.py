@@ -315,7 +315,7 @@ def _inputs(site: Site, x: Tensor) -> Tensor:
     found = F.unfold(
         images, (*line, *geometry.kernel), dilation=(*line, *geometry.dilation), stride=(*line, *geometry.stride)
     )
-    return found.unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2)  # type: ignore[no-untyped-call]
+    return found.reshape(len(found), geometry.groups, -1, found.shape[2]).permute(1, 0, 3, 2)
 
 
 def _in_groups(rows: Tensor, groups: int) -> Tensor:
