@@ -12,7 +12,8 @@ Retraining: the schedule of the training anew (learning-rate rewinding), masks o
 Gates: every mask keeps the number of entries asked for, and they are the only ones that differ from 0 after training.
 Intervals: 95 % of Student's t over the seeds, of differences within a seed where two are compared.
 
-    python benchmarks/pruning.py [--nets mlp vgg] [--seeds 3] [--retrain-epochs 3] [--json benchmarks/results/pruning.json] [--smoke]
+    python benchmarks/pruning.py [--nets mlp vgg] [--seeds 3] [--retrain-epochs 3]
+        [--json benchmarks/results/pruning.json] [--smoke]
 
 Needs Debian's package dataset-fashion-mnist (or its four files in --images).
 """
