@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eke.curvature import Factors
+from eke.curvature import Basis, Factors
 
 
 def factors(groups: int = 2, rows: int = 3, n: int = 4) -> Factors:
@@ -57,3 +57,43 @@ def test_wrong_shapes_and_damping_are_named():
         f.quadratic(torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"damping must be positive, got 0"):
         f.eigenbasis().solve(torch.zeros(6, 4), 0.0)
+
+
+@pytest.mark.parametrize(("p", "q"), [(3, 4), (2, 4), (3, 2), (2, 1)])
+def test_a_basis_is_the_operator_of_its_dense_matrix(p, q):
+    generator = torch.Generator().manual_seed(2)
+    g, a = (
+        torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64, generator=generator))[0][:, :, :k]
+        for n, k in ((3, p), (4, q))
+    )
+    moments = torch.rand(2, p + (p < 3), q + (q < 4), dtype=torch.float64, generator=generator)
+    basis = Basis(g, a, moments)
+    matrix = basis.dense()
+    # Written out: one projector for each pair of directions, with all that is orthogonal as one more.
+    blocks = []
+    for group in range(2):
+        parts = []
+        for vectors, n in ((g[group], 3), (a[group], 4)):
+            lines = [torch.outer(v, v) for v in vectors.T]
+            if len(lines) < n:
+                lines.append(torch.eye(n, dtype=torch.float64) - sum(lines))
+            parts.append(lines)
+        pairs = [(i, j) for i in range(len(parts[0])) for j in range(len(parts[1]))]
+        blocks.append(sum(moments[group, i, j] * torch.kron(parts[0][i], parts[1][j]) for i, j in pairs))
+    torch.testing.assert_close(matrix, torch.block_diag(*blocks), rtol=0, atol=1e-13)
+    delta = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(basis.mv(delta).flatten(), matrix @ delta.flatten(), rtol=0, atol=1e-13)
+    damped = matrix + 0.3 * torch.eye(24, dtype=torch.float64)
+    torch.testing.assert_close(basis.solve(delta, 0.3).flatten(), torch.linalg.solve(damped, delta.flatten()))
+    assert basis.trace() == pytest.approx(float(matrix.trace()), rel=1e-12)
+    assert basis.logdet(0.3) == pytest.approx(float(torch.logdet(damped)), rel=1e-12)
+    torch.testing.assert_close(basis.diagonal().flatten(), matrix.diagonal())
+    with pytest.raises(ValueError, match="damping must be positive, got -1"):
+        basis.logdet(-1.0)
+
+
+def test_a_dense_view_is_for_small_matrices():
+    eye = torch.eye(100, dtype=torch.float64)[None]
+    basis = Basis(eye, eye, torch.ones(1, 100, 100, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"100 x 100 would take 100000000 entries: use mv"):
+        basis.dense()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..curvature import Capture, Fisher, Likelihood, Lookups, Rows, Sharing, pulls
+from ..curvature import Basis, Capture, Fisher, Likelihood, Lookups, Rows, Sharing, pulls
 from .basis import Refresh, turn
 from .layers import Layer, Seen, attentions, find_layers
 from .statistics import (
@@ -227,6 +227,32 @@ class EKFAC(torch.optim.Optimizer):
                 torch.autograd.grad(outputs, weights, column * scale, retain_graph=True, allow_unused=True)
         finally:
             self._capture.listening = False
+
+    def basis(self, name: str) -> Basis:
+        """Return the curvature of a layer as it is now: a linear operator with `mv`, `solve`, `trace` and `logdet`.
+
+        Args:
+            name: Of the layer: its module, or the parameter inside an attention.
+
+        Returns:
+            Directions and second moments, in raw units of the loss, without damping. Rows of a table and entries of a
+            normalization are directions of their own.
+
+        Raises:
+            KeyError: if there is no such layer, or it was never seen.
+        """
+        known = {layer.name: layer for layer in self._layers.values()}
+        if name not in known or "moments" not in self.state[known[name].weight]:
+            seen = sorted(key for key, layer in known.items() if "moments" in self.state[layer.weight])
+            raise KeyError(f"EKFAC has no statistics of a layer {name!r}; it has those of {seen}.")
+        state = self.state[known[name].weight]
+        vectors = []
+        for dim, key in ((1, "g"), (2, "a")):
+            found = state.get(f"{key}_basis")
+            size = state["moments"].shape[dim]
+            eye = torch.eye(size, device=state["moments"].device).expand(state["moments"].shape[0], size, size)
+            vectors.append(eye if found is None else found)
+        return Basis(vectors[0].double(), vectors[1].double(), state["moments"].double())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; statistics keep their type whatever that of the parameters."""
