@@ -10,9 +10,10 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from eke.ops import linear_attention
-from eke.ops.linear_attention import LinearAttentionState, features
+from eke.ops.linear_attention import LinearAttentionState, features, native
 
 B, L, H, D, M = 2, 37, 3, 5, 4
 FAMILIES = ["plain", "per head", "scalar", "vector", "delta", "gated delta", "vector delta"]
@@ -238,6 +239,85 @@ def test_memory_of_derivatives_is_linear_in_the_length():
             linear_attention(q, k, v, causal=True)
         kept.append(sum(sizes.values()) / (2 * length))
     assert kept[1] < 1.1 * kept[0] < 32 * 32 / 2
+
+
+LEVELS = range(native.level() + 1)
+SIZES = [(2, 130, 3, 5, 7), (1, 64, 1, 16, 16), (2, 200, 2, 64, 64), (1, 33, 2, 20, 48), (1, 1, 2, 8, 8)]
+
+
+def reach(tensors, name, normalized):
+    """Outputs, state and derivatives in float64 by the recurrence."""
+    tensors = [t.double().requires_grad_() for t in tensors]
+    out, state = linear_attention(
+        *tensors[:3], causal=True, feature_map=name, normalize=normalized, initial_state=tensors[3:], form="recurrent"
+    )
+    return tensors, out, state
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("name", ["elu", "identity"])
+def test_the_kernel_agrees_with_the_recurrence(name, normalized, level):
+    for batch, length, heads, d, m in SIZES:
+        g = torch.Generator().manual_seed(length)
+        q, k = (torch.randn(batch, length, heads, d, generator=g) for _ in range(2))
+        q, k = (q, k) if name == "elu" else (q.abs(), k.abs())
+        v = torch.randn(batch, length, heads, m, generator=g)
+        memory, keys = torch.randn(batch, heads, d, m, generator=g), 3 * torch.rand(batch, heads, d, generator=g)
+        exact, expected, last = reach((q, k, v, memory, keys), name, normalized)
+        options = {"feature_map": native.MAPS[name], "normalize": normalized, "instructions": level}
+        # As a transposed tensor, so that strides count.
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        out, bottom, *state = native.forward((q, k, v), (memory, keys), **options)
+        grads = [torch.randn(t.shape, generator=g) for t in (out, *state)]
+        derived = torch.autograd.grad((expected, *last), exact, [x.double() for x in grads])
+        found = native.backward((q, k, v), (memory, keys), (out, bottom), grads, **options)
+        for ours, theirs in zip((out, *state, *found), (expected, *last, *derived)):
+            assert float((ours - theirs).detach().abs().max()) < 3e-6 * float(theirs.detach().abs().max())
+
+
+def test_derivatives_of_the_operator_are_those_of_chunks():
+    inputs, _ = sample(dtype=torch.float32)
+    tensors = [x.requires_grad_() for x in inputs]
+    found = []
+    for chunk in (None, 16):
+        out, state = linear_attention(*tensors, causal=True, chunk=chunk)
+        found.append(torch.autograd.grad(out.square().sum() + state.memory.sum() + state.keys.sum(), tensors))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_is_well_formed():
+    inputs, _ = sample(dtype=torch.float32, length=9)
+    state = (torch.rand(B, H, D, M), torch.rand(B, H, D))
+    tensors = [x.requires_grad_() for x in (*inputs, *state)]
+    torch.library.opcheck(torch.ops.eke.linear_attention.default, (*tensors, "elu", True))
+
+
+def test_transforms_of_torch_func_pass():
+    (q, k, v), _ = sample(dtype=torch.float32)
+
+    def loss(v):
+        return linear_attention(q, k, v, causal=True)[0].square().sum()
+
+    value = v.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(v), torch.autograd.grad(loss(value), value)[0])
+
+
+def test_operations_are_counted():
+    inputs, _ = sample(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        linear_attention(*inputs, causal=True)
+    assert counter.get_total_flops() == 2 * B * L * H * (2 * D * M + 32 * (D + M))
+
+
+def test_the_kernel_refuses_what_it_would_misread():
+    (q, k, v), _ = sample(dtype=torch.float32)
+    state = (torch.zeros(B, H, D, M), torch.zeros(B, H, D))
+    for wrong in ((q, k[:, 1:], v), (q.double(), k, v), (q, k, v[:1])):
+        with pytest.raises(ValueError, match="takes float32 tensors of one attention"):
+            native.forward(wrong, state, feature_map=0, normalize=True)
+    with pytest.raises(ValueError, match="takes float32 tensors of one attention"):
+        native.forward((q, k, v), (state[0][..., 1:], state[1]), feature_map=0, normalize=True)
 
 
 def test_compile_and_export_give_the_same():

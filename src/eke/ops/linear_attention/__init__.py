@@ -4,7 +4,8 @@
     more, state = linear_attention(q2, k2, v2, causal=True, initial_state=state)   # goes on where it ended
 
 One engine for elu + 1 and other feature maps, RetNet, Mamba-2 and gated linear attention (`decay`), DeltaNet and gated
-DeltaNet (`beta`). All forms give the same numbers up to rounding; sums are kept in float32 (float64 for float64).
+DeltaNet (`beta`). Causal attention without decay runs on a native kernel. All forms give the same numbers up to
+rounding; sums are kept in float32 (float64 for float64).
 Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020; see reference.py for the others.
 """
 
@@ -16,14 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunks, reference
+from . import chunks, operators, reference
 from .features import FeatureMap, find
+from .operators import EPSILON
 from .packed import check_packed, groups
 
 __all__ = ["LinearAttentionState", "linear_attention"]
 
-EPSILON = 1e-6
-"""Added to every denominator."""
 _CHUNK = {"dense": 64, "vector": 16}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Form = Literal["auto", "parallel", "chunk", "recurrent"]
@@ -74,7 +74,7 @@ def linear_attention(
 
     Returns:
         Outputs (batch, length, heads, values) of the type of v, and the state after the last position: S and the sum
-        of keys. Differentiable in all tensors; twice up to 1 024 positions.
+        of keys. Differentiable in all tensors; twice in float64 up to 1 024 positions.
 
     Raises:
         ValueError: if shapes, types or borders do not fit, decay or beta come without causal, or beta is normalized.
@@ -89,24 +89,23 @@ def linear_attention(
         raise ValueError(f"chunk is a positive number of positions, got {chunk!r}.")
     f = find(feature_map)
     exact = torch.float64 if v.dtype == torch.float64 else torch.float32
-    q, k = f(q), f(k)
-    if (
-        normalize
-        and not torch.compiler.is_compiling()
-        and bool((k.detach().amin() if k.numel() else k.new_ones(())) < 0)
-    ):
-        warnings.warn(
-            "The feature map gave negative values: denominators may vanish. Use a positive map such as 'elu', or "
-            "normalize=False.",
-            stacklevel=2,
-        )
+    plain = causal and decay is None and beta is None and cu_seqlens is None and form == "auto" and chunk is None
+    fused = plain and operators.supports(v.device, exact)
+    inside = fused and feature_map == "elu" and mask is None  # the kernel applies the map
+    if not inside:
+        q, k = f(q), f(k)
+        if normalize:
+            _warn_of_negative(k)
     log_decay = None if decay is None else _log(decay, k, exact)
     if mask is not None:
         k = k * mask[..., None, None]
         log_decay = None if log_decay is None else log_decay * mask[..., None, None]
         beta = None if beta is None else beta * mask[..., None]
-    sequences = _sequences(cu_seqlens, k)
-    state = _state(initial_state, sequences, k, v, exact)
+    state = _state(initial_state, _sequences(cu_seqlens, k), k, v, exact)
+    if fused:
+        tensors = (q.to(exact), k.to(exact), v.to(exact), *state)
+        out, *last = operators.attend(tensors, feature_map="elu" if inside else "identity", normalize=normalize)
+        return out.to(v.dtype), LinearAttentionState(*last)
     parts = tuple(None if x is None else x.to(exact).transpose(1, 2) for x in (q, k, v, log_decay, beta))
     if not causal:
         if cu_seqlens is not None:
@@ -118,6 +117,16 @@ def linear_attention(
         top, bottom, state = _forms(parts, state, form=form, chunk=chunk)
     out = top / (bottom.unsqueeze(-1) + EPSILON) if normalize else top
     return out.transpose(1, 2).to(v.dtype), state
+
+
+def _warn_of_negative(k: Tensor) -> None:
+    if torch.compiler.is_compiling() or not k.numel() or not bool(k.detach().amin() < 0):
+        return
+    warnings.warn(
+        "The feature map gave negative values: denominators may vanish. Use a positive map such as 'elu', or "
+        "normalize=False.",
+        stacklevel=3,
+    )
 
 
 def _check(
