@@ -11,6 +11,7 @@ import pytest
 
 from eke.ops import compiled
 from eke.ops.ks_matmul import native as products
+from eke.ops.linear_attention import native as attention
 from eke.ops.pair_splits import native as splits
 from eke.ops.sparse_matmul import native as sparse
 from eke.ops.sparse_recovery import native as recoveries
@@ -19,10 +20,12 @@ from eke.ops.support_solve import native as solves
 NATIVE = {
     "Kronecker-sparse products": products, "Factorizations": splits, "Exact sparse solvers": solves,
     "Sparse products": sparse, "Sparse problems without noise": recoveries,
+    "Causal linear attention": attention,
 }  # fmt: skip
 LEVELS = {
     products: "eke_ks_level", splits: "eke_pair_splits_level", solves: "eke_support_solve_level",
     sparse: "eke_sparse_level", recoveries: "eke_sparse_recovery_level",
+    attention: "eke_attention_level",
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def examined() -> dict[str, Any]:
     from ..cost import environment
     from ..ops import pair_splits, sparse_recovery
     from ..ops.ks_matmul import describe
+    from ..ops.linear_attention.native import describe as linear_attention
     from ..ops.sparse_matmul import describe as sparse_products
 
     machine = environment().to_json()
@@ -62,6 +63,7 @@ def examined() -> dict[str, Any]:
         "factorization kernel": pair_splits.describe(),
         "sparse product kernel": sparse_products(),
         "sparse solver kernel": sparse_recovery.describe(),
+        "linear attention kernel": linear_attention(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},
