@@ -8,8 +8,9 @@ U_A and U_S their eigenvectors, G_n the gradient of example n:
 "kfac" takes the product of the eigenvalues for m2; "ekfac_ra" a running mean of N (U_S^T G U_A)^2, which needs no
 gradients of single examples. Among all diagonals in this basis E_n[...] is nearest to the Fisher matrix (Frobenius).
 Running means start as plain means; momentum and m2 turn with the basis. With `kl_clip` the step does not depend on the
-scale of the loss: gradients are counted in units of s, s^2 the mean of all m2, and the step is shortened where the
-change it predicts, lr^2 sum(D^2 (m2 + damping)) in these units and per parameter, exceeds the clip.
+scale of the loss: damping counts in units of the mean of a layer's m2, the step in units of s, s^2 the mean of all m2,
+and the step of a layer is shortened where the change it predicts, lr^2 sum(D^2 (m2 + damping)) a parameter, exceeds the
+clip. With `rank` only so many leading directions a side are told apart; all others share their mean moment.
 
 Cost of a layer (m, n) at batch N in multiply-adds: N (m^2 + n^2) to turn the rows, N m n twice for m2 and the turned
 gradient (a gradient that is no sum of seen rows, as after clipping by value, costs m n (m + n) more), m n (m + n) to
@@ -89,15 +90,15 @@ class EKFAC(torch.optim.Optimizer):
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.03,
-        damping: float = 0.01,
+        lr: float = 0.1,
+        damping: float = 0.5,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        kl_clip: float | None = 1e-4,
+        kl_clip: float | None = 1e-5,
         variant: Variant = "ekfac",
         fisher: Fisher = "empirical",
         basis_every: int = 50,
-        statistics_decay: float = 0.8,
+        statistics_decay: float = 0.95,
         sharing: Sharing = "sum",
         reduction: Literal["mean", "sum"] = "mean",
         refresh: Refresh = "eigh",
@@ -273,18 +274,16 @@ class EKFAC(torch.optim.Optimizer):
         if not moves:
             return
         lr, damping, clip = group["lr"], group["damping"], group["kl_clip"]
-        unit, share, change = 1.0, 1.0, 0.0
-        totals = [1.0] * len(moves)
-        entries = sum(move.entries for move in moves)
+        unit, scales = 1.0, [1.0] * len(moves)
         if clip is not None:
             totals = [max(value, 1e-30) for value in torch.stack([move.total() for move in moves]).tolist()]
-            unit = (sum(totals) / entries) ** 0.5
-        for move, total in zip(moves, totals):
-            scale = total / move.entries if clip is not None else 1.0
-            change += move.damp(damping * scale, predict=clip is not None)
-        if clip is not None:
-            share = min(1.0, (clip * entries / max(lr**2 * change, 1e-30)) ** 0.5)
-        for move in moves:
+            unit = (sum(totals) / sum(move.entries for move in moves)) ** 0.5
+            scales = [total / move.entries for move, total in zip(moves, totals)]
+        for move, scale in zip(moves, scales):
+            change = move.damp(damping * scale, predict=clip is not None)
+            share = 1.0
+            if clip is not None:
+                share = min(1.0, (clip * move.entries / max(lr**2 * change, 1e-30)) ** 0.5)
             move.apply(lr * share * unit, decay=lr * group["weight_decay"])
 
     def _watch(self, layer: Layer, group: dict[str, Any], weights: Tensor | None) -> Move | None:
