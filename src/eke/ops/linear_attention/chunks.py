@@ -57,7 +57,8 @@ def _scan(added: Tensor, end: Tensor | None, state: Tensor) -> tuple[Tensor, Ten
     """Return the state before each chunk, (batch, heads, chunks, ...), and after the last one."""
     if end is None:
         total = torch.cat([state.unsqueeze(2), added], 2).cumsum(2)
-        return total[:, :, :-1], total[:, :, -1]
+        # A copy: a view would keep all states.
+        return total[:, :, :-1], total[:, :, -1].clone()
     before = []
     for t in range(added.shape[2]):
         before.append(state)
