@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from eke.nn import SparseConv2d, SparseLinear, sparse_linear
+from eke.nn import SparseConv2d, SparseLinear, sparse_linear, use_sparse
 
 WAYS = ["native", "csr", "dense", "compact"]
 
@@ -211,3 +211,74 @@ def test_what_does_not_fit_is_refused():
         SparseConv2d.from_dense(nn.Conv2d(4, 4, 3), torch.ones(4, 4, 3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weight's shape \(4, 4, 1, 1\), got \(4, 4\)"):
         SparseConv2d.from_dense(nn.Conv2d(4, 4, 1), torch.ones(4, 4, dtype=torch.bool))
+
+
+class Mixed(nn.Module):
+    """A pointwise convolution, a wider one, two linear layers of which one is called twice, and one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=1)
+        self.point = nn.Conv2d(8, 12, 1)
+        self.first, self.second, self.unused = nn.Linear(12, 12), nn.Linear(12, 5), nn.Linear(12, 12)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(torch.rand_like(parameter) < 0.2)
+
+    def forward(self, x):
+        z = self.point(torch.relu(self.wide(x))).mean((2, 3))
+        return self.second(torch.relu(self.first(self.first(z))))
+
+
+@pytest.mark.parametrize("fastest", ["native", "dense"])
+def test_layers_with_zeros_are_replaced_where_that_is_faster(fastest, monkeypatch):
+    monkeypatch.setattr(SparseLinear, "_timed", lambda self, batch: fastest)
+    monkeypatch.setattr(sparse_linear, "_FASTEST", {})
+    model, x = Mixed().train(), torch.randn(4, 3, 6, 6)
+    before = copy.deepcopy(model.state_dict())
+    made = use_sparse(model, (x,))
+    assert [(layer.name, layer.samples, layer.way) for layer in made.layers] == [
+        ("point", 144, fastest), ("first", 4, fastest), ("second", 4, fastest),
+    ]  # fmt: skip
+    kinds = {name: type(module) for name, module in made.model.named_children()}
+    new = fastest == "native"
+    assert kinds["point"] is (SparseConv2d if new else nn.Conv2d)
+    assert kinds["first"] is kinds["second"] is (SparseLinear if new else nn.Linear)
+    assert kinds["wide"] is nn.Conv2d
+    assert kinds["unused"] is nn.Linear
+    assert model.training
+    assert not made.model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(made.model(x), model(x))
+    assert use_sparse(model, (x,), least=0.95).layers == ()
+
+
+def test_models_that_use_their_layers_weights_are_told(monkeypatch):
+    monkeypatch.setattr(SparseLinear, "_timed", lambda self, batch: "native")
+    monkeypatch.setattr(sparse_linear, "_FASTEST", {})
+
+    class Reads(Mixed):
+        def forward(self, x):
+            return super().forward(x) + self.first.weight.sum()
+
+    class Noisy(Mixed):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(1)
+
+    x = torch.randn(4, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"Reads does not run with other layers .*no attribute 'weight'"):
+        use_sparse(Reads(), (x,))
+    with pytest.raises(ValueError, match=r"Outputs with sparse layers are off by .* gives others every time"):
+        use_sparse(Noisy(), (x,))
+    with pytest.raises(ValueError, match=r"share of zeros in \[0, 1\), got 1\.5"):
+        use_sparse(Mixed(), (x,), least=1.5)
+
+
+def test_shared_weights_stay_shared():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(8, 8) < 0.2)
+    assert use_sparse(model, (torch.randn(3, 8),)).layers == ()
