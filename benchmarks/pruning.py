@@ -302,31 +302,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--retrain-epochs", type=int, help="of every way; None for those of the network")
     parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--smoke", action="store_true", help="few images, few steps: seconds, no conclusions")
-    parser.add_argument("--json", type=Path, help="results of other networks in the file are kept")
+    parser.add_argument("--json", type=Path, help="other networks and seeds in the file are kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.nets:
-        net, runs = NETS[name], []
+        net = NETS[name]
         if arguments.retrain_epochs:
             net = dataclasses.replace(net, retrain_epochs=arguments.retrain_epochs)
-        for seed in range(1 if arguments.smoke else arguments.seeds):
+        settings = {k: v for k, v in vars(net).items() if k != "make"}
+        runs = []
+        for seed in range(arguments.first_seed, arguments.first_seed + (1 if arguments.smoke else arguments.seeds)):
             runs.append(one_seed(name, net, seed, arguments.images, smoke=arguments.smoke))
-            result = {
-                "settings": {k: v for k, v in vars(net).items() if k != "make"}, "summary": summarized(runs),
-                "seeds": runs,
-            }  # fmt: skip
             if arguments.json:
-                old = json.loads(arguments.json.read_text())["nets"] if arguments.json.exists() else {}
-                document = {
-                    "question": __doc__.splitlines()[0], "smoke": arguments.smoke, "eke": eke.__version__,
-                    "environment": environment().to_json(),
-                    "nets": (old if not arguments.smoke else {}) | {name: result},
-                }  # fmt: skip
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(json.dumps(result["summary"], indent=1), flush=True)
+                write(arguments.json, name, settings, runs, smoke=arguments.smoke)
+        print(json.dumps(summarized(runs), indent=1), flush=True)
+
+
+def write(path: Path, name: str, settings: dict[str, Any], runs: list[dict[str, Any]], *, smoke: bool) -> None:
+    """Put seeds beside those that the file has of the same network and settings."""
+    old = json.loads(path.read_text())["nets"] if path.exists() and not smoke else {}
+    kept = old.get(name, {})
+    seeds = {run["seed"]: run for run in (kept["seeds"] if kept.get("settings") == settings else [])}
+    every = [run for _, run in sorted((seeds | {run["seed"]: run for run in runs}).items())]
+    document = {
+        "question": __doc__.splitlines()[0], "smoke": smoke, "eke": eke.__version__,
+        "environment": environment().to_json(),
+        "nets": old | {name: {"settings": settings, "summary": summarized(every), "seeds": every}},
+    }  # fmt: skip
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
