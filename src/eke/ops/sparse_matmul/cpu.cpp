@@ -15,6 +15,9 @@ namespace {
 // Multiply-adds below which threads cost more than they save.
 constexpr i64 PARALLEL_WORK = 1 << 18;
 
+// Samples up to which vectors of eight are faster than vectors of sixteen.
+constexpr i64 SHORT = 8;
+
 // Grows and stays with its thread, so that a call does not fault in fresh pages.
 struct Scratch {
   float* memory = nullptr;
@@ -39,7 +42,8 @@ int run(int level, Call& c) {
   const i64 work = c.entries * c.block * c.batch;
   if (work < PARALLEL_WORK || c.threads < 1) c.threads = 1;
 #if defined(__x86_64__)
-  if (level > 1) return sparse_run_avx512(c);
+  // Few samples fill a short vector, and half of the turned inputs stay nearer.
+  if (level > 1 && (c.batch == 1 || c.batch > SHORT)) return sparse_run_avx512(c);
   if (level > 0) return sparse_run_avx2(c);
 #endif
   (void)level;
