@@ -75,19 +75,19 @@ def _in_chunks(inputs: Inputs, feature_map: str, normalize: bool) -> _Four:
     return out.transpose(1, 2).contiguous(), bottom.contiguous(), memory.clone(), keys.clone()
 
 
-def _differentiate(
-    q: Tensor, k: Tensor, v: Tensor, memory: Tensor, keys: Tensor, out: Tensor, bottom: Tensor, grad: Tensor,
-    grad_memory: Tensor, grad_keys: Tensor, feature_map: str, normalize: bool,
-) -> Inputs:  # fmt: skip
+def _differentiate(*arguments: Any) -> Inputs:
+    """Return the derivatives of q, k, v, S and z; arguments as in the schema."""
+    (q, k, v, memory, keys, out, bottom), grads, (feature_map, normalize) = (
+        arguments[:7], arguments[7:10], arguments[10:],
+    )  # fmt: skip
     if q.is_cpu and q.dtype == torch.float32 and native.available():
         return native.backward(
-            (q, k, v), (memory, keys), (out, bottom), (grad, grad_memory, grad_keys),
-            feature_map=native.MAPS[feature_map], normalize=normalize,
-        )  # fmt: skip
+            (q, k, v), (memory, keys), (out, bottom), grads, feature_map=native.MAPS[feature_map], normalize=normalize
+        )
     with torch.enable_grad():
         q, k, v, memory, keys = (x.detach().requires_grad_() for x in (q, k, v, memory, keys))
         again, _, *last = _in_chunks((q, k, v, memory, keys), feature_map, normalize)
-    found = torch.autograd.grad((again, *last), (q, k, v, memory, keys), (grad, grad_memory, grad_keys))
+    found = torch.autograd.grad((again, *last), (q, k, v, memory, keys), grads)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous(), found[3].clone(), found[4].clone()
 
 
