@@ -23,7 +23,8 @@ static float* filled(i64 n, unsigned seed) {
 }
 
 int main() {
-  const i64 sizes[] = {1, 3, 8, 17, 32}, lengths[] = {0, 1, 5, 63, 64, 65, 130};
+  // Sizes rise: scratch space is then made anew, and just as large as a call needs, for most of them.
+  const i64 sizes[] = {1, 3, 8, 17, 32, 64}, lengths[] = {0, 1, 5, 63, 64, 65, 130};
   i64 cases = 0;
   for (int level = 0; level <= eke_attention_level(); level++)
     for (i64 d : sizes) for (i64 m : sizes) for (i64 n : lengths) for (i64 batch = 1; batch < 3; batch++) {
@@ -57,4 +58,4 @@ int main() {
 
 @pytest.mark.slow
 def test_no_access_outside_of_a_buffer(sanitized):
-    assert sanitized(PROGRAM, Path(native.__file__).parent, units=3) >= 350
+    assert sanitized(PROGRAM, Path(native.__file__).parent, units=3) >= 500

@@ -159,10 +159,10 @@ void add_row(float* y, const float* x, float by, i64 n) {
   for (i64 e = 0; e < n; e += W) store(y + e, load(y + e) + all(by) * load(x + e));
 }
 
-// A (rows, cols) matrix of a state into padded rows, and back.
-void spread(const float* in, i64 rows, i64 cols, float* out) {
+// A (rows, cols) matrix of a state into `all` padded rows, and back.
+void spread(const float* in, i64 rows, i64 cols, float* out, i64 all) {
   const i64 wide = padded(cols);
-  for (i64 r = 0; r < padded(rows); r++)
+  for (i64 r = 0; r < all; r++)
     for (i64 c = 0; c < wide; c++) out[r * wide + c] = r < rows && c < cols ? in[r * cols + c] : 0.0f;
 }
 void gather(const float* in, i64 rows, i64 cols, float* out) {
@@ -188,8 +188,8 @@ struct Room {
 void forward_head(const Call& c, i64 b, i64 h, float* memory) {
   Room w(memory, c.features, c.values);
   const i64 at = b * c.heads + h, D = c.features, M = c.values;
-  spread(c.memory + at * D * M, D, M, w.state);
-  spread(c.keys + at * D, 1, D, w.sums);
+  spread(c.memory + at * D * M, D, M, w.state, w.d);
+  spread(c.keys + at * D, 1, D, w.sums, 1);
   for (i64 t = 0; t < c.length; t += C) {
     const i64 n = least(C, c.length - t);
     copy_rows(c.q, b, h, t, n, D, w.q, c.map);
@@ -250,9 +250,9 @@ void backward_head(const Call& c, i64 b, i64 h, float* memory) {
   Room w(memory, c.features, c.values);
   const i64 at = b * c.heads + h, D = c.features, M = c.values;
   // First to last: the state turned, (M, D).
-  spread(c.memory + at * D * M, D, M, w.other);
+  spread(c.memory + at * D * M, D, M, w.other, w.d);
   turn(w.other, w.d, w.m, w.state);
-  spread(c.keys + at * D, 1, D, w.sums);
+  spread(c.keys + at * D, 1, D, w.sums, 1);
   for (i64 t = 0; t < c.length; t += C) {
     const i64 n = least(C, c.length - t);
     derivatives_of_chunk(c, w, b, h, t, n);
@@ -269,8 +269,8 @@ void backward_head(const Call& c, i64 b, i64 h, float* memory) {
     for (i64 r = 0; r < n; r++) add_row(w.sums, w.k + r * w.d, 1.0f, w.d);
   }
   // Last to first: R turned, (M, D), beside R.
-  spread(c.grad_memory + at * D * M, D, M, w.other);
-  spread(c.grad_keys + at * D, 1, D, w.sums);
+  spread(c.grad_memory + at * D * M, D, M, w.other, w.d);
+  spread(c.grad_keys + at * D, 1, D, w.sums, 1);
   for (i64 t = (c.length - 1) / C * C; t >= 0; t -= C) {
     const i64 n = least(C, c.length - t);
     turn(w.other, w.d, w.m, w.state);

@@ -24,7 +24,7 @@ struct Scratch {
   float* at_least(size_t wanted) {
     if (wanted > floats || !memory) {
       free(memory);
-      floats = (wanted + 1023) / 1024 * 1024;
+      floats = (wanted + 15) / 16 * 16;
       memory = (float*)aligned_alloc(64, floats * sizeof(float));
       if (!memory) floats = 0;
     }
