@@ -101,18 +101,6 @@ def test_a_start_near_the_answer_is_used():
     assert float(warm.iterations.double().mean()) < float(cold.iterations.double().mean())
 
 
-def test_others_take_what_is_not_proved():
-    given = problem(snr_db=30.0)
-    b = given.b.clone()
-    b[:5] = given.x[:5] @ given.A.T
-    other = unrolled.VAMP(given.A, iterations=20)
-    both = unrolled.Exact(given.A, otherwise=other)
-    for x in (both(b), both.solve(b).x, both.solve(b, callback=lambda progress: None).x):
-        torch.testing.assert_close(x[:5], given.x[:5], rtol=0, atol=1e-10)
-        torch.testing.assert_close(x[5:], other(b[5:]))
-    assert both.solve(b).converged.tolist() == [True] * 5 + [False] * 35
-
-
 def test_derivatives_are_those_of_least_squares_in_the_range():
     given = problem(20, 40, 0.05, batch=2)
     b, plain = given.b.clone().requires_grad_(), given.b.clone().requires_grad_()
@@ -139,13 +127,6 @@ def test_moving_prepares_anew():
     solver = unrolled.Exact(given.A)
     solver(given.b)
     assert given.nmse_db(solver.to(torch.float32)(given.b.float()).double()) < -100
-
-
-@pytest.mark.parametrize("other", [lambda a: unrolled.VAMP(a[:, :50]), lambda a: unrolled.VAMP(a.float())])
-def test_another_matrix_is_refused(other):
-    given = problem()
-    with pytest.raises(ValueError, match="otherwise must be for the same A, one for all samples, got Dense"):
-        unrolled.Exact(given.A, otherwise=other(given.A))
 
 
 def test_what_runs_away_is_answered_by_the_shortest_solution():

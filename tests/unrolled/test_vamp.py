@@ -232,3 +232,25 @@ def test_damping_takes_part_of_each_message():
 def test_wrong_settings_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         VAMP(small()[0], **settings)
+
+
+def test_what_wanders_about_is_said():
+    at, waves = torch.arange(128.0).double(), torch.ones(1, 1, dtype=torch.float64)
+    while len(waves) < 128:
+        both, eye = torch.ones(2, 1, dtype=torch.float64), torch.eye(len(waves), dtype=torch.float64)
+        waves = torch.cat([torch.kron(waves, both), torch.kron(eye, both * torch.tensor([[1.0], [-1.0]]))], 1)
+    a = torch.cat([torch.cos(torch.pi * (at[:, None] + 0.5) * at / 128), waves[:, 1:]], 1)
+    a = a / torch.linalg.vector_norm(a, dim=0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, a.shape[1], generator=generator, dtype=torch.float64)
+    x *= torch.rand(x.shape, generator=generator) < 0.05
+    b = x @ a.T
+    with pytest.warns(
+        RuntimeWarning, match="has not settled on .* of 100 problems: one more step would move x by more"
+    ):
+        found = vamp(a, b, iterations=20)
+    settled = found.details["settled"]
+    error = (found.x - x).norm(dim=1) / x.norm(dim=1)
+    assert 0 < int(settled.sum()) < 100
+    assert float(error[settled].max()) < 0.1
+    assert float(error[~settled].median()) > float(error[settled].median())

@@ -28,6 +28,7 @@ class _Solver(Enum):
     """Solvers that have a name here."""
 
     AUTO = "auto"
+    EXACT = "exact"
     VAMP = "vamp"
     HTP = "htp"
     OMP = "omp"
@@ -138,6 +139,8 @@ def _choice(
         return Choice(unrolled.HTP(a, sparsity=sparsity), 0.0, asked)
     if sparsity is not None:
         return Choice(unrolled.OMP(a, sparsity=sparsity), 1e-6 if "32" in str(b.real.dtype) else 1e-12, asked)
+    if solver is _Solver.EXACT:
+        return Choice(unrolled.Exact(a), 0.0, asked)
     if solver is _Solver.VAMP:
         return Choice(unrolled.VAMP(a, iterations=20, polish=3 if exact else 0), None, asked)
     return Choice(unrolled.HyperLISTA(a), None, asked)
@@ -165,6 +168,8 @@ def _answer(a: Tensor, b: Tensor, found: Solution, choice: Choice, penalty: floa
         # message passing that settles on nonsense takes most of b for noise
         noise = (b.shape[1] * found.details["noise_variance"]).sqrt()
         answer["noise_over_b_worst"] = float((noise / size).max())
+    if "settled" in found.details:
+        answer["settled"] = int(found.details["settled"].sum())
     if penalty:
         near = optimality(a, b, found.x, penalty=penalty)
         answer["violation_over_penalty_worst"] = float(near.violation.max())

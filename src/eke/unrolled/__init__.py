@@ -6,6 +6,7 @@ from .auto import Choice, Optimality, choose, optimality
 from .convolutional import convolutional_weight
 from .coordinate import CoordinateDescent, coordinate_descent
 from .exact import Exact, exact
+from .fallback import Fallback
 from .fit import Deepening, Fit, LayerWise, Stage, Training, decibels, fit, squared_error
 from .hyperlista import HyperLISTA, Tuning
 from .lista import ALISTA, LISTA, LISTACP, LISTACPSS, TiLISTA, Unrolled, support_schedule
@@ -37,6 +38,7 @@ __all__ = [
     "Deepening",
     "Dense",
     "Exact",
+    "Fallback",
     "Fit",
     "Functions",
     "HyperLISTA",

@@ -4,8 +4,7 @@
 
 For A in general position no other x that sparse explains b. Nothing is given: neither prior nor number of nonzeros.
 The steps are those of `ops.sparse_recovery`, which solves one sample after the other in the cache; its docstring has
-the formulas. Samples without proof, because b has noise or x too many nonzeros, keep the posterior mean, are not
-`converged`, and go to `otherwise` if that is given. Cost: one product with A^+, then n a nonzero and step.
+the XX Cost: one product with A^+, then n a nonzero and step.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ _LEAST = 1e-6
 """Singular values of A below this part of the largest count as zero."""
 _CONDITION = 4.0
 """A^+ b has an error of so many times A's condition number, in units of rounding."""
+_LOOSEST = 1e4
+"""Answers that leave more than so many units of rounding are not proved, however large the condition number."""
 _OUTSIDE = 1e4
 """Answers to b that leave more than so many units of rounding of it, if A has not full rank, are not proved."""
 
@@ -35,22 +36,18 @@ class Exact(SparseSolver):
     Args:
         A: (m, n), (batch, m, n) or an operator that can be written out.
         iterations: Most steps, at least 1; twelve are usual, forty for one nonzero on two rows.
-        otherwise: A solver of the same A for the samples whose answer is not proved; None leaves them as they are.
-
-    Raises:
-        ValueError: if the other solver is for another A, or A has one matrix a sample and there is another solver.
     """
 
     runaway = 2.0
 
-    def __init__(self, A: Tensor | Operator, *, iterations: int = 40, otherwise: SparseSolver | None = None) -> None:
+    def __init__(self, A: Tensor | Operator, *, iterations: int = 40) -> None:
         super().__init__(A, iterations=iterations)
-        if otherwise is not None:
-            ours, theirs = self.operator, otherwise.operator
-            if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.batch is not None:
-                raise ValueError(f"otherwise must be for the same A, one for all samples, got {theirs} and {ours}.")
-        self.otherwise = otherwise
         self._prepared: tuple[Operator, Tensor, Range, Plan | None] | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the native kernel takes this A; torch's own operations are many times slower."""
+        return self.operator.batch is None and self.prepared()[2] is not None
 
     def prepared(self) -> tuple[Tensor, Range, Plan | None]:
         """Return A^+, the range of A^H, and the kernel's copy of it if there is a kernel; computed once in float64."""
@@ -66,7 +63,7 @@ class Exact(SparseSolver):
             condition = float((singular.amax(-1) / torch.where(kept, singular, torch.inf).amin(-1)).amax())
             rules = Rules(
                 density=min(_FIRST_DENSITY, 0.5 * rank / matrix.shape[-1]),
-                rounding=max(Rules.rounding, _CONDITION * condition),
+                rounding=max(Rules.rounding, min(_CONDITION * condition, _LOOSEST)),
             )
             space = Range((right.mH @ right).to(matrix.dtype), rank, rules)
             plan = Plan(space) if matrix.ndim == 2 and available(matrix) else None
@@ -78,7 +75,7 @@ class Exact(SparseSolver):
         b: Tensor,
         *,
         x0: Tensor | None = None,
-        tolerance: float | None = 0.0,
+        tolerance: float | None = None,
         callback: Callback | None = None,
     ) -> Solution:
         """Return the solution with what happened on the way; samples leave when their answer is proved.
@@ -86,21 +83,25 @@ class Exact(SparseSolver):
         Args:
             b: (batch, m).
             x0: Start, (batch, n); None for zeros.
-            tolerance: As for other solvers; a proved answer has changed by 0.
+            tolerance: As for other solvers; a proved answer has changed by 0, and leaves in any case.
             callback: Called after each step.
 
         Returns:
             The solution: `converged` where the answer is proved.
         """
+        tolerance = 0.0 if tolerance is None else tolerance
         plan = self._kernel(b, x0)
-        if plan is not None and callback is None and tolerance is not None and tolerance >= 0:
+        if plan is not None and callback is None and tolerance >= 0:
             self._check(b, x0)
-            x, found, steps = sparse_recovery(plan, self._shortest(b), iterations=self.iterations)
+            x, found, steps = self._searched(plan, b)
             found = self._proved(b, x, found)
-            return report(self, b, self._others(b, x, found), iterations=steps, converged=found, details={})
+            return report(self, b, x, iterations=steps, converged=found, details={})
         solution = super().solve(b, x0=x0, tolerance=tolerance, callback=callback)
-        found = self._proved(b, solution.x, solution.converged)
-        return replace(solution, x=self._others(b, solution.x, found), converged=found)
+        return replace(solution, converged=self._proved(b, solution.x, solution.converged))
+
+    def trusted(self, solution: Solution) -> Tensor:
+        """Return which answers are proved, (batch,)."""
+        return solution.converged
 
     def start(self, operator: Operator, b: Tensor, x0: Tensor | None) -> State:
         """Return x, y and what the search knows of each sample; for matrices that differ, their projections too."""
@@ -135,12 +136,11 @@ class Exact(SparseSolver):
 
     def _run(self, b: Tensor, x0: Tensor | None) -> Tensor:
         plan = self._kernel(b, x0)
-        if plan is not None:
-            x, found, _ = sparse_recovery(plan, self._shortest(b), iterations=self.iterations)
-        else:
-            *_, state = self._states(b, x0)
-            x, found = self.finish(self.operator, state), state[6].squeeze(-1)
-        return x if self.otherwise is None else self._others(b, x, self._proved(b, x, found))
+        return super()._run(b, x0) if plan is None else self._searched(plan, b)[0]
+
+    def _searched(self, plan: Plan, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, which of it is exact in the range of A, and steps taken."""
+        return sparse_recovery(plan, self._shortest(b), iterations=self.iterations)
 
     def _kernel(self, b: Tensor, x0: Tensor | None) -> Plan | None:
         """Return the kernel's plan where it does what is asked."""
@@ -162,22 +162,14 @@ class Exact(SparseSolver):
         explained: Tensor = left <= _OUTSIDE * torch.finfo(b.dtype).eps * size
         return found & explained
 
-    def _others(self, b: Tensor, x: Tensor, found: Tensor) -> Tensor:
-        """Return x with the other solver's answers where there is no proof."""
-        if self.otherwise is None or bool(found.all()):
-            return x
-        rows = (~found).nonzero().squeeze(-1)
-        return x.index_copy(0, rows, self.otherwise(b[rows]))
-
 
 def exact(
     A: Tensor | Operator,
     b: Tensor,
     *,
     iterations: int = 40,
-    otherwise: SparseSolver | None = None,
     x0: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Solution:
     """Return exact answers for b without noise; see `Exact`."""
-    return Exact(A, iterations=iterations, otherwise=otherwise).solve(b, x0=x0, callback=callback)
+    return Exact(A, iterations=iterations).solve(b, x0=x0, callback=callback)

@@ -11,6 +11,8 @@ Sources: Daubechies, Defrise and De Mol, 2004; Beck and Teboulle, "A fast iterat
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,13 @@ class LassoSolver(SparseSolver):
     def __init__(self, A: Tensor | Operator, *, penalty: Penalty, iterations: int) -> None:
         super().__init__(A, iterations=iterations)
         self.penalty = checked_penalty(penalty)
+
+    def select(self, rows: Tensor) -> SparseSolver:
+        """Return the solver for some samples of its batch."""
+        other = copy.copy(super().select(rows))
+        if isinstance(self.penalty, Tensor):
+            other.penalty = self.penalty[rows]
+        return other
 
     def penalty_of(self, x: Tensor) -> Tensor:
         """Return penalty |x|_1, (batch,)."""

@@ -16,6 +16,7 @@ so whatever has one value a sample belongs into the state. `finish(operator, sta
 from __future__ import annotations
 
 import abc
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -139,6 +140,18 @@ class SparseSolver(nn.Module, abc.ABC):
         """Return what else the last state tells, by name, each (batch, ...)."""
         del operator, state
         return {}
+
+    def trusted(self, solution: Solution) -> Tensor:
+        """Return which answers of a solution are good by what the solver says of itself, (batch,), bool."""
+        return ~solution.diverged
+
+    def select(self, rows: Tensor) -> SparseSolver:
+        """Return the solver for some samples of its batch: itself, unless it has something for each sample."""
+        if self.operator.batch is None:
+            return self
+        other = copy.copy(self)
+        other.operator = self.operator.select(rows)
+        return other
 
     def forward(self, b: Tensor, x0: Tensor | None = None) -> Tensor:
         """Return x after all steps.

@@ -9,13 +9,16 @@ Two estimators exchange what each has learned that the other did not know, as a 
 
 d and v are the posterior's own (EM). The noise variance s is the weighted least squares fit of s + t l_i to the squares
 of the residual in the eigenbasis of A A^H (Fisher scoring; ours): EM takes many steps to see that there is none. Cost:
-one eigendecomposition, then 2 m n a step. Exact for random A in the limit of large n; may diverge for coherent ones,
-which the solution says. `polish` ends with least squares on the likely support, kept where it explains b far better.
+one eigendecomposition, then 2 m n a step. Exact for random A in the limit of large n; for coherent ones it may diverge
+or wander about, which the solution says (`diverged`, `settled`). `polish` ends with least squares on the likely
+support, kept where it explains b far better.
 Sources: Rangan, Schniter and Fletcher, "Vector approximate message passing", 2017; Ma and Ping, "Orthogonal AMP",
 2017; Vila and Schniter, "Expectation-maximization Gaussian-mixture AMP", 2013 (the prior by EM).
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,6 +34,8 @@ _BETWEEN = 2
 _OWN = 11
 """Entries of a state before those of matrices that differ by sample."""
 _FIRST_DENSITY = 0.15
+_SETTLED = 0.02
+"""A sample that the next step would move by more than this, relative to x, has not settled."""
 
 
 class VAMP(SparseSolver):
@@ -190,8 +195,8 @@ class VAMP(SparseSolver):
         )
 
     def details(self, operator: Operator, state: State) -> dict[str, Tensor]:
-        """Return density, variance of nonzeros, noise variance and posterior variance of x, each (batch,)."""
-        del operator
+        """Return density, variance of nonzeros, noise variance, posterior variance of x, `settled`; (batch,) each."""
+        moved = self.change(state, self.step(self.iterations, operator, state))
         density, spread, noise, scale, left = (state[i].squeeze(-1) for i in (3, 4, 5, 8, 9))
         square = scale.square()
         return {
@@ -199,7 +204,32 @@ class VAMP(SparseSolver):
             "variance": spread * square,
             "noise_variance": noise * square,
             "posterior_variance": left * square,
+            "settled": moved <= _SETTLED,
         }
+
+    def trusted(self, solution: Solution) -> Tensor:
+        """Return which answers have settled, (batch,)."""
+        return solution.details["settled"] & ~solution.diverged
+
+    def solve(
+        self,
+        b: Tensor,
+        *,
+        x0: Tensor | None = None,
+        tolerance: float | None = None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Return the solution; a RuntimeWarning says how many samples still move, see `SparseSolver.solve`."""
+        solution = super().solve(b, x0=x0, tolerance=tolerance, callback=callback)
+        moving = int((~self.trusted(solution) & ~solution.diverged).sum())
+        if moving:
+            warnings.warn(
+                f"VAMP has not settled on {moving} of {len(b)} problems: one more step would move x by more than "
+                f"{_SETTLED:.0%}. Take more iterations, damping=0.5, or a solver that converges, such as fista.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return solution
 
 
 def _pseudo_inverse(values: Tensor, vectors: Tensor, turned: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ struct Plan {
   const float* guiding;
   const T* exact;
   float density, share, doubt;
-  T rounding, longest, least;
+  T rounding, pivot, longest, least;
 };
 
 // Numbers that a thread works on, each `stride` long but for the triangle.
@@ -151,7 +151,7 @@ void combine(const T* rows, i64 stride, i64 k, const i64* at, const T* weights, 
 template <typename T>
 bool explained(const Plan<T>& plan, Room<T>& room, i64 k, T size, bool* sane) {
   memset(room.answer, 0, sizeof(T) * plan.stride);
-  *sane = solve_one<T>(k, plan.exact, plan.stride, room.kept, room.target, room.answer, room.triangle, plan.rounding);
+  *sane = solve_one<T>(k, plan.exact, plan.stride, room.kept, room.target, room.answer, room.triangle, plan.pivot);
   if (!*sane) return false;
   T length = 0;
   for (i64 j = 0; j < k; j++) {
@@ -161,7 +161,7 @@ bool explained(const Plan<T>& plan, Room<T>& room, i64 k, T size, bool* sane) {
   *sane = sqrt(length) <= plan.longest * size;
   if (!*sane) return false;
   combine<T>(plan.exact, plan.stride, k, room.kept, room.weights, room.solved);
-  return sqrt(distance(plan.n, room.target, room.solved)) <= plan.rounding * 20 * size;
+  return sqrt(distance(plan.n, room.target, room.solved)) <= plan.rounding * size;
 }
 
 // One sample: y = A^+ b (n) in, x (n) out. Returns whether x explains y down to rounding.
@@ -203,7 +203,11 @@ bool recover_one(const Plan<T>& plan, Room<T>& room, const T* y, T* x, i64* step
     if (chosen && chosen <= plan.most) {
       bool sane;
       if (explained(plan, room, chosen, size, &sane)) {
-        scaled(n, room.answer, unit, x);
+        // entries of the support that are none come out as rounding
+        T top = 0;
+        for (i64 j = 0; j < chosen; j++) top = fabs(room.weights[j]) > top ? fabs(room.weights[j]) : top;
+        for (i64 j = 0; j < chosen; j++)
+          if (fabs(room.weights[j]) > plan.rounding * top) x[room.kept[j]] = room.weights[j] * unit;
         return true;
       }
       if (sane) {
@@ -262,10 +266,10 @@ int JOIN(sparse_recovery, INSTRUCTIONS)(int wide, const i64* sizes, const double
   const float density = (float)numbers[0], share = (float)numbers[1], doubt = (float)numbers[2];
   if (wide) {
     const Plan<double> plan = {sizes[0], sizes[1], sizes[2], sizes[3],   sizes[4],   guiding, (const double*)exact,
-                               density,  share,    doubt,    numbers[3], numbers[4], 1e-290};
+                               density,  share,    doubt,    numbers[3], numbers[4], numbers[5], 1e-290};
     return recover_all<double>(plan, batch, (const double*)y, (double*)x, steps, found, threads);
   }
   const Plan<float> plan = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], guiding, (const float*)exact,
-                            density, share, doubt, (float)numbers[3], (float)numbers[4], 1e-30f};
+                            density, share, doubt, (float)numbers[3], (float)numbers[4], (float)numbers[5], 1e-30f};
   return recover_all<float>(plan, batch, (const float*)y, (float*)x, steps, found, threads);
 }

@@ -25,8 +25,8 @@ extern "C" int eke_sparse_recovery_level(void) {
 }
 
 // sizes: n, stride (a multiple of 16), rank, iterations, most entries of a support. numbers: first density, probability
-// over density from which entries count in products, most entries missed when least squares are tried, rounding, most
-// |x| / |y|. guiding and exact: the projection A^+ A in float and in y's type, n rows `stride` apart, zero beyond n. y and
+// over density from which entries count in products, most entries missed when least squares are tried, rounding, least
+// pivot over the largest, most |x| / |y|. guiding and exact: the projection A^+ A in float and in y's type, n rows `stride` apart, zero beyond n. y and
 // x (batch, n), steps and found (batch). wide: double instead of float. Returns 0, or 1 where there was no memory.
 extern "C" int eke_sparse_recovery(int level, ARGUMENTS) {
 #if defined(__x86_64__)

@@ -75,8 +75,7 @@ class Plan:
         self.guiding = self.exact.float()
         rules = space.rules
         eps = torch.finfo(projection.dtype).eps
-        # the kernel takes twenty times its rounding for the residual
-        numbers = (rules.density, rules.share, rules.doubt, rules.rounding / 20 * eps, rules.longest)
+        numbers = (rules.density, rules.share, rules.doubt, rules.rounding * eps, rules.pivot, rules.longest)
         self.numbers = (ctypes.c_double * len(numbers))(*numbers)
 
 

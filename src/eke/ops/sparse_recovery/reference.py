@@ -31,6 +31,7 @@ class Rules:
         share: Entries less likely than this times the density are left out of products.
         doubt: Least squares are tried when fewer nonzeros than this are thought to be missed.
         rounding: |P x - y| / |y| of answers that count as exact, in units of rounding.
+        pivot: Least squares with pivots below this part of the largest prove nothing: their columns are too much alike.
         longest: Answers longer than so many times y, the shortest solution, are not taken.
     """
 
@@ -38,6 +39,7 @@ class Rules:
     share: float = 1.0
     doubt: float = 1.0
     rounding: float = 200.0
+    pivot: float = 1e-4
     longest: float = 10.0
 
 
@@ -208,15 +210,17 @@ def _least_squares(space: Range, y: Tensor, p: Tensor, tried: Tensor) -> tuple[T
     right = torch.where(inside, y[rows].gather(1, support), 0)
     solved = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).real.square()
-    eps = torch.finfo(y.dtype).eps
-    sound = (info == 0).unsqueeze(-1) & (pivots.amin(-1, keepdim=True) > rules.rounding / 20 * eps)
+    sound = (info == 0).unsqueeze(-1) & (pivots.amin(-1, keepdim=True) > rules.pivot * pivots.amax(-1, keepdim=True))
     x[rows] = torch.zeros_like(y[rows]).scatter(1, support, torch.where(sound & inside, solved, 0))
     image[rows] = part.project(x[rows])
     size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     sane[rows] = sound
     sane &= torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= rules.longest * size
-    off = torch.linalg.vector_norm(y - image, dim=-1, keepdim=True)
-    return x, image, sane & (off <= rules.rounding * eps * size), sane
+    level = rules.rounding * torch.finfo(y.dtype).eps
+    exact = sane & (torch.linalg.vector_norm(y - image, dim=-1, keepdim=True) <= level * size)
+    # entries of the support that are none come out as rounding
+    clean = torch.where(x.abs() > level * x.abs().amax(-1, keepdim=True), x, 0)
+    return torch.where(exact, clean, x), image, exact, sane
 
 
 def most(rank: int, n: int) -> int:
