@@ -6,7 +6,7 @@ from .basis import Basis, solved
 from .capture import Calls, Capture
 from .curvature import Curvature
 from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
-from .examples import Rows, Sharing, along, rows_of, shared_rows
+from .examples import Rows, Seen, Sharing, along, rows_of, shared_rows
 from .factors import Factors
 from .likelihood import Likelihood, pulls
 from .lookups import Lookups
@@ -26,6 +26,7 @@ __all__ = [
     "Lookups",
     "Recorder",
     "Rows",
+    "Seen",
     "Sharing",
     "along",
     "gauss_newton_diagonal",

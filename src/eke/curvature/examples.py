@@ -34,6 +34,23 @@ _CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
+class Seen:
+    """How what a layer saw is to be read; see `rows_of`.
+
+    Args:
+        sharing: What several locations mean.
+        mean: Whether the loss is a mean over examples, not their sum.
+        loss_scale: What the loss was multiplied by.
+        weights: Weights of the examples in the loss, None for equal ones.
+    """
+
+    sharing: Sharing
+    mean: bool
+    loss_scale: float
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Examples of a batch at one layer.
 
@@ -243,31 +260,35 @@ def rows_of(
     Raises:
         ValueError: if there are not as many weights as examples.
     """  # noqa: DOC502
+    how = Seen("sum" if site.geometry is not None else sharing, mean, loss_scale, weights)
     return shared_rows(
         calls,
         lambda x: _inputs(site, x),
         lambda y: _in_groups(site.output_to_rows(y), site.groups),
-        bias=bias, sharing="sum" if site.geometry is not None else sharing, mean=mean, loss_scale=loss_scale,
-        weights=weights, name=site.name,
-    )  # fmt: skip
+        bias=bias,
+        name=site.name,
+        seen=how,
+    )
 
 
 def shared_rows(
-    calls: Calls, inputs: Callable[[Tensor], Tensor], outputs: Callable[[Tensor], Tensor], *, bias: bool,
-    sharing: Sharing, mean: bool, loss_scale: float, weights: Tensor | None, name: str,
-) -> Rows:  # fmt: skip
-    """Bring the calls of any layer into rows; see `rows_of` for what is not said here.
+    calls: Calls,
+    inputs: Callable[[Tensor], Tensor],
+    outputs: Callable[[Tensor], Tensor],
+    *,
+    bias: bool,
+    name: str,
+    seen: Seen,
+) -> Rows:
+    """Bring the calls of any layer into rows; see `rows_of`.
 
     Args:
         calls: Inputs and output gradients.
         inputs: From an input to (groups, examples, locations, n).
         outputs: From a gradient to (groups, examples, locations, m / groups).
-        bias: As in `rows_of`.
-        sharing: Likewise.
-        mean: Likewise.
-        loss_scale: Likewise.
-        weights: Likewise.
+        bias: Whether to append ones to the inputs.
         name: What to call the layer in messages.
+        seen: How calls are to be read.
 
     Returns:
         The rows of all calls.
@@ -275,6 +296,7 @@ def shared_rows(
     Raises:
         ValueError: if there are not as many weights as examples.
     """
+    sharing, weights = seen.sharing, seen.weights
     passes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for number, x, gradient in calls:
         passes.setdefault(number, []).append((_computable(inputs(x)), _computable(outputs(gradient))))
@@ -289,7 +311,7 @@ def shared_rows(
         active = (g != 0).flatten(2).any(2).any(0)
         if not bool(active.all()):
             a, g = a[:, active], g[:, active]
-    scale = (a.shape[1] if mean else 1) / loss_scale
+    scale = (a.shape[1] if seen.mean else 1) / seen.loss_scale
     if scale != 1:
         g = g * scale
     if weights is not None:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..curvature import Basis, Capture, Fisher, Likelihood, Lookups, Rows, Sharing, pulls
+from ..curvature import Basis, Capture, Fisher, Likelihood, Lookups, Rows, Seen, Sharing, pulls
 from .basis import Refresh, turn
-from .layers import Layer, Seen, attentions, find_layers
+from .layers import Layer, attentions, find_layers
 from .statistics import (
     Move,
     Rules,
@@ -110,10 +110,6 @@ class EKFAC(torch.optim.Optimizer):
         convolutions: Literal["kfc", "sua"] = "kfc",
         loss_scale: float | Callable[[], float] = 1.0,
     ) -> None:
-        _check_ranges(
-            lr, damping, momentum, weight_decay, kl_clip, basis_every=basis_every, statistics_decay=statistics_decay,
-            rank=rank,
-        )  # fmt: skip
         inner = sites.unwrap(model)
         self._layers = {id(layer.weight): layer for layer in find_layers(inner)}
         self._rules = Rules(
@@ -126,6 +122,7 @@ class EKFAC(torch.optim.Optimizer):
             "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "kl_clip": kl_clip,
             "betas": betas, "kronecker": False,
         }  # fmt: skip
+        _check_ranges(defaults, self._rules)
         given = [p for p in inner.parameters() if p.requires_grad] if params is None else list(params)
         super().__init__(self._split(given, others_lr), defaults)
         layers = list(self._layers.values())
@@ -420,20 +417,18 @@ def _listed(params: Any) -> list[Tensor]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _check_ranges(
-    lr: float, damping: float, momentum: float, weight_decay: float, kl_clip: float | None, *, basis_every: int,
-    statistics_decay: float, rank: int | None,
-) -> None:  # fmt: skip
-    for name, value in (("lr", lr), ("damping", damping), ("kl_clip", kl_clip)):
+def _check_ranges(group: dict[str, Any], rules: Rules) -> None:
+    for name in ("lr", "damping", "kl_clip"):
+        value = group[name]
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")
-    for name, value in (("momentum", momentum), ("statistics_decay", statistics_decay)):
+    for name, value in (("momentum", group["momentum"]), ("statistics_decay", rules.decay)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, or None for all directions, got {rank}.")
-    if weight_decay < 0 or basis_every < 1:
+    if rules.rank is not None and rules.rank < 1:
+        raise ValueError(f"rank must be at least 1, or None for all directions, got {rules.rank}.")
+    if group["weight_decay"] < 0 or rules.basis_every < 1:
         raise ValueError(
-            f"weight_decay must be >= 0 and basis_every >= 1, got weight_decay={weight_decay}, "
-            f"basis_every={basis_every}."
+            f"weight_decay must be >= 0 and basis_every >= 1, got weight_decay={group['weight_decay']}, "
+            f"basis_every={rules.basis_every}."
         )

@@ -8,30 +8,20 @@ output side has a basis; scale and shift of a normalization have the exact diago
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..curvature import Calls, Lookups, Rows, Sharing, rows_of, shared_rows
+from ..curvature import Calls, Lookups, Rows, Seen, rows_of, shared_rows
 from ..sites import Site, find, unwrap
 
 _NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d,
     nn.InstanceNorm2d, nn.InstanceNorm3d,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Seen:
-    """How what a layer saw is to be read; see `eke.curvature.rows_of`."""
-
-    sharing: Sharing
-    mean: bool
-    loss_scale: float
-    weights: Tensor | None
 
 
 @dataclass
@@ -132,8 +122,7 @@ class Projection(Layer):
             calls,
             lambda x: x.transpose(1, 2),
             lambda y: y.reshape(*y.shape[:2], self.groups, -1).permute(2, 1, 0, 3),
-            bias=self.bias is not None, name=self.name, sharing=seen.sharing, mean=seen.mean,
-            loss_scale=seen.loss_scale, weights=seen.weights,
+            bias=self.bias is not None, name=self.name, seen=seen,
         )  # fmt: skip
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -158,8 +147,7 @@ class Table(Layer):
             # Indices travel as float64, which holds them exactly.
             lambda x: x.reshape(1, x.shape[0] if x.dim() else 1, -1, 1).double(),
             lambda y: y.reshape(1, y.shape[0] if y.dim() > 1 else 1, -1, y.shape[-1]),
-            bias=False, name=self.name, sharing="expand" if seen.sharing == "expand" else "sum", mean=seen.mean,
-            loss_scale=seen.loss_scale, weights=seen.weights,
+            bias=False, name=self.name, seen=_summed(seen),
         )  # fmt: skip
         index, g = found.a[0, :, :, 0].long(), found.g[0]
         if self.padding is not None:
@@ -193,8 +181,7 @@ class Norm(Layer):
             [(number, y.new_ones(y.shape[:2]), y) for number, y in ready],
             lambda x: x[None, :, :, None],
             lambda y: y[None],
-            bias=False, name=self.name, sharing="expand" if seen.sharing == "expand" else "sum", mean=seen.mean,
-            loss_scale=seen.loss_scale, weights=seen.weights,
+            bias=False, name=self.name, seen=_summed(seen),
         )  # fmt: skip
         return Rows(found.a[:, :, :1], found.g.sum(2, keepdim=True))
 
@@ -322,6 +309,11 @@ def attentions(model: nn.Module, layers: list[Layer]) -> list[nn.MultiheadAttent
         for module in unwrap(model).modules()
         if type(module) is nn.MultiheadAttention and inside & {id(p) for p in module.parameters()}
     ]
+
+
+def _summed(seen: Seen) -> Seen:
+    """Return how locations are read that no mean input can stand for."""
+    return seen if seen.sharing == "expand" else replace(seen, sharing="sum")
 
 
 def _trained(bias: object) -> nn.Parameter | None:
