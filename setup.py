@@ -6,6 +6,7 @@ is built only where its sources exist, and a machine without a compiler skips it
 says so.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,4 +39,7 @@ def extension(folder: Path) -> Extension:
     )
 
 
-setup(ext_modules=[extension(folder) for folder in FOLDERS])
+setup(
+    ext_modules=[extension(folder) for folder in FOLDERS],
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
+)
