@@ -1,9 +1,9 @@
 """Is causal linear attention on the CPU faster than what else computes it, and as exact?
 
 Question: forward, and forward with derivatives, of eke's native kernel against plain chunked torch (the fastest of
-chunks of 64, 128 and 256, in the layout that suits it), the C++ kernel of the paper's repository with its normaliser,
-and causal softmax attention (`scaled_dot_product_attention`); how time grows with the length; and whether all members
-of the family agree with published reference functions.
+chunks of 64, 128 and 256, in the layout that suits it), the C++ kernel of the paper's repository with its normaliser
+(as its setup builds it, and with `-march=native`), and causal softmax attention (`scaled_dot_product_attention`); how
+time grows with the length; and whether all members of the family agree with published reference functions.
 Goals: >= 2 times plain chunked torch and >= 5 times the paper's C++, at lengths 4 096 and 16 384; >= 10 times softmax
 attention at 16 384; time linear up to 100 000.
 Gates: every rival agrees with the sum over all pairs in float64 (1e-5) before it is timed; with --oracles, the naive
@@ -11,8 +11,8 @@ functions of flash-linear-attention agree with eke's engine within 1e-5 of the l
 Method: 8 heads of 64, float32, rivals in turns, time of the thread, median and lower quartile. Features are given, so
 that no rival pays for the map; one row shows eke with elu + 1 inside.
 
-    python benchmarks/linear_attention.py [--paper-kernel causal_product_cpu.so] [--oracles SITE_PACKAGES]
-        [--seconds 3] [--json benchmarks/results/linear_attention.json] [--smoke]
+    python benchmarks/linear_attention.py [--paper-kernels "as shipped"=causal_product_cpu.so ...]
+        [--oracles SITE_PACKAGES] [--seconds 3] [--json benchmarks/results/linear_attention.json] [--smoke]
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def gate(outputs: dict[str, Tensor], expected: Tensor) -> None:
             sys.exit(f"gate: {name} is off by {error:.1e}")
 
 
-def case(length: int, kernel: Any, seconds: float) -> dict[str, Any]:
+def case(length: int, kernels: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Time one length."""
     generator = torch.Generator().manual_seed(0)
     raw = [torch.randn(1, length, HEADS, SIZE, generator=generator) for _ in range(3)]
@@ -125,8 +125,8 @@ def case(length: int, kernel: Any, seconds: float) -> dict[str, Any]:
     for chunk in (64, 128, 256):
         if length % chunk == 0:
             ways[f"torch, chunks of {chunk}"] = (lambda *x, c=chunk: plain(*x, c), turned, turned_grad)
-    if kernel is not None:
-        ways["paper's C++"] = (paper(kernel), turned, turned_grad)
+    for name, kernel in kernels.items():
+        ways[f"paper's C++, {name}"] = (paper(kernel), turned, turned_grad)
     small = [x[:, :256].double() for x in (q, k, v)]
     weights = torch.einsum("bihd,bjhd->bhij", *small[:2]).tril()
     expected = torch.einsum("bhij,bjhm->bihm", weights / (weights.sum(-1, keepdim=True) + 1e-6), small[2])
@@ -226,7 +226,7 @@ def oracles(site: Path) -> dict[str, float]:
 def main() -> None:
     """Gate, measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper-kernel", type=Path, help="the built extension causal_product_cpu of fast-transformers")
+    parser.add_argument("--paper-kernels", nargs="*", default=[], help="NAME=PATH of builds of causal_product_cpu")
     parser.add_argument(
         "--oracles", type=Path, help="folder into which flash-linear-attention and einops were installed"
     )
@@ -235,10 +235,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kernel = module_from(arguments.paper_kernel, "causal_product_cpu") if arguments.paper_kernel else None
+    builds = [text.partition("=") for text in arguments.paper_kernels]
+    kernels = {name: module_from(Path(path), "causal_product_cpu") for name, _, path in builds}
     differences = oracles(arguments.oracles) if arguments.oracles else None
     lengths = [256] if arguments.smoke else [1024, 4096, 16384]
-    cases = [case(length, kernel, arguments.seconds) for length in lengths]
+    cases = [case(length, kernels, arguments.seconds) for length in lengths]
     longer = [512, 1024] if arguments.smoke else [1000, 10_000, 100_000]
     document = {
         "question": __doc__.splitlines()[0], "smoke": arguments.smoke, "kernel": native.describe(),
