@@ -9,6 +9,7 @@ namespace {
 
 constexpr i64 W = LANES;
 constexpr i64 C = 64;  // positions of a chunk
+constexpr i64 FEW = 4;  // positions from which products of matrices pay
 constexpr float EPSILON = 1e-6f;
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(LANES * 4)));
@@ -185,8 +186,40 @@ struct Room {
   }
 };
 
+// Few positions, as in generation: the state is read and written once for each, where it lies.
+void steps(const Call& c, i64 b, i64 h, const Room& w) {
+  const i64 at = b * c.heads + h, D = c.features, M = c.values;
+  const float *from = c.memory + at * D * M, *sums = c.keys + at * D;
+  float *to = c.last_memory + at * D * M, *keys = c.last_keys + at * D, *out = w.out;
+  for (i64 t = 0; t < c.length; t++) {
+    copy_row(c.q.at + b * c.q.batch + h * c.q.head + t * c.q.time, D, w.q, w.d, c.map);
+    copy_row(c.k.at + b * c.k.batch + h * c.k.head + t * c.k.time, D, w.k, w.d, c.map);
+    const float* v = c.v.at + b * c.v.batch + h * c.v.head + t * c.v.time;
+    float bottom = 0.0f;
+    for (i64 e = 0; e < M; e++) out[e] = 0.0f;
+    for (i64 d = 0; d < D; d++) {
+      const float k = w.k[d], q = w.q[d], *row = from + d * M;
+      float* next = to + d * M;
+      keys[d] = sums[d] + k;
+      bottom += q * keys[d];
+      for (i64 e = 0; e < M; e++) {
+        const float s = row[e] + k * v[e];
+        next[e] = s;
+        out[e] += q * s;
+      }
+    }
+    c.bottom[at * c.length + t] = bottom;
+    const float by = c.normalize ? 1.0f / (bottom + EPSILON) : 1.0f;
+    float* final = c.out + ((b * c.length + t) * c.heads + h) * M;
+    for (i64 e = 0; e < M; e++) final[e] = out[e] * by;
+    from = to;
+    sums = keys;
+  }
+}
+
 void forward_head(const Call& c, i64 b, i64 h, float* memory) {
   Room w(memory, c.features, c.values);
+  if (c.length > 0 && c.length < FEW) return steps(c, b, h, w);
   const i64 at = b * c.heads + h, D = c.features, M = c.values;
   spread(c.memory + at * D * M, D, M, w.state, w.d);
   spread(c.keys + at * D, 1, D, w.sums, 1);
