@@ -246,13 +246,13 @@ def one_seed(name: str, net: Net, seed: int, folder: Path, *, smoke: bool) -> di
     return {"seed": seed, "dense": dense, "total": total, "kept": wanted, "ways": rows}
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and 95 % interval of Student's t."""
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and 95 % interval of Student's t; no interval for one value."""
     from scipy import stats
 
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return {"mean": round(mean, 3), "low": -math.inf, "high": math.inf}
+        return {"mean": round(mean, 3), "low": None, "high": None}
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
 

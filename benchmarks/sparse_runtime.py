@@ -13,7 +13,7 @@ Method: rivals interleaved, lower quartiles; time of the thread where there is o
 found by bisection between sparsities at which each side was faster, to 1 %.
 
     python benchmarks/sparse_runtime.py [--threads 1] [--seconds 0.4] [--json benchmarks/results/sparse_runtime.json]
-        [--smoke]
+        [--crossings] [--smoke]
 """
 
 from __future__ import annotations
@@ -166,6 +166,12 @@ def crossing(size: int, batch: int, *, seconds: float) -> dict[str, Any]:
     return {"batch": batch, "sparsity": round(high, 3)}
 
 
+def crossings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Crossings for every batch."""
+    size, batches = (128, (32,)) if arguments.smoke else (1024, (1, 2, 4, 8, 16, *BATCHES[2:]))
+    return [crossing(size, batch, seconds=arguments.seconds / 2) for batch in batches]
+
+
 def compact_case(size: int, batch: int, *, seconds: float) -> dict[str, Any]:
     """Half of the rows and half of the columns keep everything, the rest nothing."""
     torch.manual_seed(0)
@@ -258,9 +264,7 @@ def measured(threads: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "dense_over_eke_at_90_batch_32": at[0.9, 32]["dense_over_eke"],
         "csr_over_eke_at_90_batch_32": at[0.9, 32]["csr_over_eke"],
         "dense_over_eke_at_70_batch_32": at[0.7, 32]["dense_over_eke"],
-        "crossings": [
-            crossing(size, n, seconds=seconds / 2) for n in ((32,) if smoke else (1, 2, 4, 8, 16, *BATCHES[2:]))
-        ],
+        "crossings": crossings(arguments),
     }  # fmt: skip
     print(json.dumps(summary, indent=1), flush=True)
     return {
@@ -286,8 +290,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="for each case")
     parser.add_argument("--smoke", action="store_true", help="small sizes: seconds, no conclusions")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--crossings", action="store_true", help="measure them alone and put them into the file")
     arguments = parser.parse_args()
     kept_memory()
+    if arguments.crossings:
+        document = json.loads(arguments.json.read_text())
+        for run in document["runs"]:
+            torch.set_num_threads(run["threads"])
+            run["summary"]["crossings"] = crossings(arguments)
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        return
     runs = [measured(threads, arguments) for threads in arguments.threads]
     if arguments.json:
         document = {
