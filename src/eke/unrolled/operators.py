@@ -215,7 +215,8 @@ class Convolutional(Operator):
     """A sum of convolutions, b = sum_k d_k * x_k, of maps x_k with small filters d_k (a convolutional dictionary).
 
     Maps are (filters, height + h - 1, width + w - 1) and images (channels, height, width), so that every pixel is
-    covered by whole filters ("valid" convolution); with `circular=True` both are (height, width) and edges wrap round.
+    covered by whole filters ("valid" convolution); with `circular=True` both are (height, width), edges wrap round, and
+    products take Fourier transforms.
 
     Args:
         filters: D (filters, channels, h, w).
@@ -235,6 +236,7 @@ class Convolutional(Operator):
             raise ValueError(f"Filters of {h} x {w} need images at least as large, got size={size}.")
         self.filters = filters
         self.circular = circular
+        self._kept: Tensor | None = None
         self.image_shape = (channels, height, width)
         grown = (height, width) if circular else (height + h - 1, width + w - 1)
         self.maps_shape = (count, *grown)
@@ -245,20 +247,43 @@ class Convolutional(Operator):
         """Return the images, flat (batch, channels * height * width), of flat maps."""
         maps = x.reshape(-1, *self.maps_shape)
         if self.circular:
-            h, w = self.filters.shape[2:]
-            maps = F.pad(maps, (w - 1, 0, h - 1, 0), mode="circular")
+            spread = torch.einsum("nkhw,kchw->nchw", self._transformed(maps), self._spectrum())
+            return self._restored(spread).flatten(1)
         # conv2d correlates; a convolution turns the filters round
         return F.conv2d(maps, self.filters.flip(2, 3).transpose(0, 1)).flatten(1)
 
     def adjoint(self, r: Tensor) -> Tensor:
         """Return the flat maps (batch, n) of flat images: each correlated with each conjugated filter."""
         images = r.reshape(-1, *self.image_shape)
-        h, w = self.filters.shape[2:]
         if self.circular:
-            images = F.pad(images, (0, w - 1, 0, h - 1), mode="circular")
-        else:
-            images = F.pad(images, (w - 1, w - 1, h - 1, h - 1))
+            spread = torch.einsum("nchw,kchw->nkhw", self._transformed(images), self._spectrum().conj())
+            return self._restored(spread).flatten(1)
+        h, w = self.filters.shape[2:]
+        images = F.pad(images, (w - 1, w - 1, h - 1, h - 1))
         return F.conv2d(images, self.filters.conj().resolve_conj()).flatten(1)
+
+    def _transformed(self, whole: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the Fourier transform of the last two dimensions, half of it for real ones."""
+        transform = torch.fft.fft2 if whole.is_complex() else torch.fft.rfft2
+        result: Tensor = transform(whole, s=size)
+        return result
+
+    def _restored(self, spread: Tensor) -> Tensor:
+        """Return what has a Fourier transform, in the filters' dtype."""
+        if self.filters.is_complex():
+            restored: Tensor = torch.fft.ifft2(spread)
+        else:
+            restored = torch.fft.irfft2(spread, s=self.image_shape[1:])
+        return restored
+
+    def _spectrum(self) -> Tensor:
+        """Return the Fourier transforms of all filters, computed once where they need no gradient."""
+        if self._kept is not None:
+            return self._kept
+        spectrum = self._transformed(self.filters, self.image_shape[1:])
+        if not self.filters.requires_grad:
+            self._kept = spectrum
+        return spectrum
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Operator:
         """Return the operator of the changed filters."""
