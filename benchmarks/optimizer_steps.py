@@ -46,13 +46,15 @@ def loss(net: nn.Module, x: Tensor) -> Tensor:
 def makers(batch: int) -> dict[str, Callable[[nn.Module], Any]]:
     """Optimizers that are timed at a batch size."""
     found: dict[str, Callable[[nn.Module], Any]] = {"Adam": lambda net: torch.optim.Adam(net.parameters(), 1e-3)}
-    for variant in ("ekfac", "ekfac_ra", "kfac") if batch == 128 else ("ekfac_ra", "ekfac"):
-        for rank in (None, 128, 64):
+    for variant in ("ekfac", "ekfac_ra", "kfac") if batch == 128 else ("ekfac_ra",):
+        for rank in (None, 128, 64) if batch == 128 else (None, 64):
             label = f"{variant}, all directions" if rank is None else f"{variant}, {rank} directions"
             found[label] = lambda net, variant=variant, rank=rank: EKFAC(net, variant=variant, rank=rank)
     try:
         from pytorch_optimizer import SOAP
     except ImportError:
+        return found
+    if batch > 128:
         return found
     return found | {"SOAP": lambda net: SOAP(net.parameters())}
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder with the idx files, gzipped")
     parser.add_argument("--rivals", type=Path, help="folder with pytorch-optimizer")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,7 +89,7 @@ def main() -> None:
         "machine": {"cpu": environment().cpu, "threads": 1, "torch": torch.__version__, "python": sys.version},
         "batches": {},
     }  # fmt: skip
-    for batch in (128, 1024):
+    for batch in arguments.batches:
         order = torch.Generator().manual_seed(0)
         running: dict[str, Callable[[int], float]] = {}
         rows: dict[str, dict[str, float]] = {}
