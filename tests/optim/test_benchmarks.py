@@ -1,0 +1,44 @@
+"""What the committed results of the optimizers' benchmarks say agrees with the runs they come from."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def read(name):
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        pytest.skip("benchmarks are not here")
+    return json.loads(path.read_text())
+
+
+def test_medians_are_those_of_the_runs_and_settings_those_of_a_trial():
+    for name, work in read("optimizers")["workloads"].items():
+        runs = work["runs"]
+        for row in work["table"]:
+            trials = [run for key, run in runs.items() if key.startswith(f"{row['optimizer']}, trial")]
+            assert len(trials) == 8, (name, row["optimizer"])
+            assert row["setting"] in [run["setting"] for run in trials]
+            steps = [math.inf if value is None else value for value in row["steps_of_seeds"]]
+            assert len(steps) == 3
+            median = statistics.median(steps)
+            assert row["steps"] == (median if math.isfinite(median) else None)
+            if row["optimizer"] != "AdamW":
+                finals = [runs[f"{row['optimizer']}, seed {seed}"] for seed in range(3)]
+                assert row["steps_of_seeds"] == [run["steps_to_target"] for run in finals]
+        adamw = [runs[f"AdamW, seed {seed}"]["curve"][work["mark"] // 10 - 1] for seed in range(3)]
+        assert work["target"] == statistics.median(adamw)
+
+
+def test_oracles_agree_and_operations_explain_steps():
+    oracles = read("curvature_oracles")
+    assert max(value for row in oracles["rows"].values() for value in row.values()) <= oracles["goal"] == 1e-6
+    for rows in read("optimizer_steps")["batches"].values():
+        assert rows["Adam"]["ratio"] == 1
+        for row in rows.values():
+            assert row["ratio_of_operations"] == pytest.approx(row["operations"] / rows["Adam"]["operations"])
