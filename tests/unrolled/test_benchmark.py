@@ -45,3 +45,33 @@ def test_result_has_every_part_and_passed_its_gate(benchmark):
     assert all(found["gate"].values())
     assert all(found[part]["rows"] for part in benchmark.PARTS)
     assert all(len(row["nmse_db"]) == 16 for row in found["networks"]["rows"])
+
+
+def test_the_solver_chosen_is_near_the_best_in_nine_of_ten():
+    found = json.loads((RESULT.parent / "solver_choice.json").read_text())
+    assert len(found["rows"]) == 40
+    ratios = [row["ratio"] for row in found["rows"] if not row["none_good"]]
+    assert found["judged"] == len(ratios)
+    assert found["held"] == sum(ratio is not None and ratio <= found["within"] for ratio in ratios)
+    assert found["held"] >= 0.9 * len(found["rows"])
+
+
+def test_exact_answers_keep_to_their_times():
+    found = json.loads((RESULT.parent / "sparse_solvers.json").read_text())
+    rows = {row["name"]: row for row in found["times"]}
+    assert rows["eke Exact, float32"]["ms"] <= 0.04
+    assert rows["eke Exact, float32"]["nmse_db"] <= -85
+    assert rows["eke Exact, one problem, float32"]["ms"] <= 0.3
+    assert rows["eke Exact, float64"]["nmse_db"] <= -250
+    assert rows["eke Exact, float64"]["ms"] <= min(0.2, rows["SPAMS OMP"]["ms"])
+    assert len(found["conditions"]) == 13
+    assert all("Exact" in row for row in found["conditions"])
+
+
+def test_pictures_are_as_good_as_those_of_rivals_with_the_same_problem():
+    found = json.loads((RESULT.parent / "sparse_images.json").read_text())
+    denoised = [row for row in found["rows"] if row["task"] == "denoise"]
+    for ours, theirs in zip(denoised[::2], denoised[1::2], strict=True):
+        assert ours["solver"].startswith("eke")
+        assert ours["fit"] == pytest.approx(theirs["fit"], rel=0.01)
+        assert ours["psnr"] == pytest.approx(theirs["psnr"], abs=0.05)
