@@ -226,7 +226,12 @@ def oracles(site: Path) -> dict[str, float]:
 def main() -> None:
     """Gate, measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper-kernels", nargs="*", default=[], help="NAME=PATH of builds of causal_product_cpu")
+    parser.add_argument(
+        "--paper-kernels",
+        nargs="*",
+        default=[],
+        help="NAME=PATH of builds of causal_product_cpu, each under a module name of its own",
+    )
     parser.add_argument(
         "--oracles", type=Path, help="folder into which flash-linear-attention and einops were installed"
     )
@@ -236,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     builds = [text.partition("=") for text in arguments.paper_kernels]
-    kernels = {name: module_from(Path(path), "causal_product_cpu") for name, _, path in builds}
+    kernels = {name: module_from(Path(path), Path(path).stem) for name, _, path in builds}
     differences = oracles(arguments.oracles) if arguments.oracles else None
     lengths = [256] if arguments.smoke else [1024, 4096, 16384]
     cases = [case(length, kernels, arguments.seconds) for length in lengths]
