@@ -367,3 +367,12 @@ def test_imports_go_down_the_floors():
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_test_files_outside_of_packages_have_names_of_their_own():
+    """pytest imports such files by their bare name: the second one of a name is not collected."""
+    places = defaultdict(list)
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if not (path.parent / "__init__.py").exists():
+            places[path.name].append(path.parent.name)
+    assert {name: folders for name, folders in places.items() if len(folders) > 1} == {}
