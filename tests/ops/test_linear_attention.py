@@ -242,7 +242,14 @@ def test_memory_of_derivatives_is_linear_in_the_length():
 
 
 LEVELS = range(native.level() + 1)
-SIZES = [(2, 130, 3, 5, 7), (1, 64, 1, 16, 16), (2, 200, 2, 64, 64), (1, 33, 2, 20, 48), (1, 1, 2, 8, 8), (2, 3, 2, 20, 7)]
+SIZES = [
+    (2, 130, 3, 5, 7),
+    (1, 64, 1, 16, 16),
+    (2, 200, 2, 64, 64),
+    (1, 33, 2, 20, 48),
+    (1, 1, 2, 8, 8),
+    (2, 3, 2, 20, 7),
+]
 
 
 def reach(tensors, name, normalized):
