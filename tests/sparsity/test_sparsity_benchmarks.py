@@ -64,7 +64,6 @@ def test_the_committed_pruning_is_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_small_run_of_the_runtimes(tmp_path):
     run("sparse_runtime", "--smoke", "--seconds", "0.02", "--json", str(tmp_path / "found.json"))
     check_runtime(json.loads((tmp_path / "found.json").read_text()))
@@ -72,7 +71,6 @@ def test_a_small_run_of_the_runtimes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IMAGES.exists(), reason="needs Debian's dataset-fashion-mnist")
-@pytest.mark.slow
 def test_a_small_run_of_pruning(tmp_path):
     run("pruning", "--smoke", "--nets", "mlp", "--json", str(tmp_path / "found.json"))
     check_pruning(json.loads((tmp_path / "found.json").read_text()), seeds=1)
