@@ -1,9 +1,9 @@
 """Build hook for what pyproject.toml cannot say: the optional native kernels.
 
 A kernel is the C or C++ files src/eke/ops/<operation>/cpu*.c or cpu*.cpp with a plain C ABI, one of them for each
-instruction set: they include no header of Python or torch and are loaded by ctypes from their package folder. A kernel
-is built only where its sources exist, and a machine without a compiler skips it: eke then takes the reference path and
-says so.
+instruction set: they include no header of Python or torch (src/eke/ops/machine.h is what they share) and are loaded by
+ctypes from their package folder. A kernel is built only where its sources exist, and a machine without a compiler skips
+it: eke then takes the reference path and says so.
 """
 
 import os
@@ -31,7 +31,7 @@ def extension(folder: Path) -> Extension:
     return Extension(
         ".".join((*relative.parts[1:], "_cpu")),
         [file for file in files if Path(file).stem.startswith("cpu") and file.endswith((".c", ".cpp"))],
-        depends=[file for file in files if file.endswith(".h")],
+        depends=[file for file in files if file.endswith(".h")] + ["src/eke/ops/machine.h"],
         # gcc 12 takes the undefined operand inside its own AVX-512 intrinsics for a variable of ours.
         extra_compile_args=["-O3", "-fopenmp", "-Wno-maybe-uninitialized"],
         extra_link_args=["-fopenmp"],

@@ -1,31 +1,12 @@
 // Kronecker-sparse products on the CPU, behind a plain C interface: which instructions this machine has, scratch memory,
 // and factors that are packed once and kept for as long as their entries do not change.
 #include "common.h"
-#include <stdlib.h>
+#include "../machine.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
-
-// Grows and stays with its thread, so that a call does not fault in fresh pages.
-struct Scratch {
-  float* memory = nullptr;
-  size_t floats = 0;
-  ~Scratch() { free(memory); }
-  float* at_least(size_t wanted) {
-    if (wanted > floats || !memory) {
-      free(memory);
-      floats = (wanted + 1023) / 1024 * 1024 + 1024;
-      memory = (float*)aligned_alloc(64, floats * sizeof(float));
-      if (!memory) floats = 0;
-    }
-    return memory;
-  }
-};
-
-thread_local Scratch buffer;
-float* scratch(size_t floats) { return buffer.at_least(floats); }
 
 struct Set {
   i64 (*room)(const Call&);
@@ -108,23 +89,14 @@ i64 threads_for(const Factor* f, i64 count, i64 batch, i64 threads) {
 extern "C" {
 
 // 2: AVX-512, 1: AVX2 with fused multiply-add, 0: plain C++.
-int eke_ks_level(void) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+int eke_ks_level(void) { return machine::level(); }
 
 // factors: for each, applied first to last, a, b, c, d, then the strides of its entries, then their address.
 int eke_ks_forward(int level, i64 threads, i64 layout, i64 type, i64 batch, const void* x, i64 x_stride, void* y,
                    i64 y_stride, i64 count, const Factor* factors, const float* bias, i64 relu) {
   if (count < 1 || count > LONGEST) return 1;
   Call c = {threads_for(factors, count, batch, threads), layout, type, batch, x_stride, y_stride, count, relu, x, y,
-            factors, bias, scratch, nullptr};
+            factors, bias, machine::scratch, nullptr};
   return SETS[level].forward(c);
 }
 
@@ -139,7 +111,7 @@ void* eke_ks_keep(int level, i64 threads, i64 layout, i64 type, i64 count, const
   memcpy(k->source, source, sources * sizeof(Source));
   k->level = level;
   k->sources = sources;
-  k->call = {threads, layout, type, 0, 0, 0, count, relu, nullptr, nullptr, k->factor, nullptr, scratch, nullptr};
+  k->call = {threads, layout, type, 0, 0, 0, count, relu, nullptr, nullptr, k->factor, nullptr, machine::scratch, nullptr};
   const Factor &in = factors[0], &out = factors[count - 1];
   k->width_in = in.a * in.c * in.d;
   k->width_out = out.a * out.b * out.d;
@@ -179,7 +151,7 @@ int eke_ks_kept(const void* kept, i64 batch, const void* x, void* y, const float
 int eke_ks_gradient(int level, i64 threads, i64 layout, i64 batch, const float* x, i64 x_stride, const float* g,
                     i64 g_stride, float* w, i64 a, i64 b, i64 c, i64 d) {
   const Factor f = {a, b, c, d, b * c * d, c * d, d, 1, nullptr};
-  Gradient call = {threads_for(&f, 1, batch, threads), layout, batch, x_stride, g_stride, x, g, w, f, scratch};
+  Gradient call = {threads_for(&f, 1, batch, threads), layout, batch, x_stride, g_stride, x, g, w, f, machine::scratch};
   return SETS[level].gradient(call);
 }
 }

@@ -2,7 +2,7 @@
 #define INSTRUCTIONS portable
 #define LANES 4
 #include "body.h"
-#include <stdlib.h>
+#include "../machine.h"
 
 #if defined(__x86_64__)
 int attention_forward_avx2(const Call& c);
@@ -16,27 +16,8 @@ namespace {
 // Positions times sizes of a state from which threads pay.
 constexpr i64 PARALLEL_WORK = 1 << 20;
 
-// Grows and stays with its thread, so that a call does not fault in fresh pages.
-struct Scratch {
-  float* memory = nullptr;
-  size_t floats = 0;
-  ~Scratch() { free(memory); }
-  float* at_least(size_t wanted) {
-    if (wanted > floats || !memory) {
-      free(memory);
-      floats = (wanted + 15) / 16 * 16;
-      memory = (float*)aligned_alloc(64, floats * sizeof(float));
-      if (!memory) floats = 0;
-    }
-    return memory;
-  }
-};
-
-thread_local Scratch buffer;
-float* scratch(size_t floats) { return buffer.at_least(floats); }
-
 void prepare(Call& c) {
-  c.scratch = scratch;
+  c.scratch = machine::scratch;
   const i64 work = c.batch * c.heads * c.length * c.features * c.values;
   if (work < PARALLEL_WORK || c.threads < 1) c.threads = 1;
   c.threads = least(c.threads, c.batch * c.heads);
@@ -47,16 +28,7 @@ void prepare(Call& c) {
 extern "C" {
 
 // 2: AVX-512, 1: AVX2 with fused multiply-add, 0: plain C++.
-int eke_attention_level(void) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+int eke_attention_level(void) { return machine::level(); }
 
 // The fields of Call that the direction needs; 0 for success, 2 where there is no memory.
 int eke_attention(int level, int backward, Call* call) {

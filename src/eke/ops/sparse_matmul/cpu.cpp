@@ -3,7 +3,7 @@
 #define LANES 4
 #define WIDEST 2
 #include "body.h"
-#include <stdlib.h>
+#include "../machine.h"
 
 #if defined(__x86_64__)
 int sparse_run_avx2(const Call& c);
@@ -18,27 +18,8 @@ constexpr i64 PARALLEL_WORK = 1 << 18;
 // Samples up to which vectors of eight are faster than vectors of sixteen.
 constexpr i64 SHORT = 8;
 
-// Grows and stays with its thread, so that a call does not fault in fresh pages.
-struct Scratch {
-  float* memory = nullptr;
-  size_t floats = 0;
-  ~Scratch() { free(memory); }
-  float* at_least(size_t wanted) {
-    if (wanted > floats || !memory) {
-      free(memory);
-      floats = (wanted + 1023) / 1024 * 1024 + 1024;
-      memory = (float*)aligned_alloc(64, floats * sizeof(float));
-      if (!memory) floats = 0;
-    }
-    return memory;
-  }
-};
-
-thread_local Scratch buffer;
-float* scratch(size_t floats) { return buffer.at_least(floats); }
-
 int run(int level, Call& c) {
-  c.scratch = scratch;
+  c.scratch = machine::scratch;
   const i64 work = c.entries * c.block * c.batch;
   if (work < PARALLEL_WORK || c.threads < 1) c.threads = 1;
 #if defined(__x86_64__)
@@ -55,16 +36,7 @@ int run(int level, Call& c) {
 extern "C" {
 
 // 2: AVX-512, 1: AVX2 with fused multiply-add, 0: plain C++.
-int eke_sparse_level(void) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+int eke_sparse_level(void) { return machine::level(); }
 
 // y = x W^T + bias. values and columns have `entries` entries of `block` rows
 // (1, 2 or 4) each. All three return 0, 1 where the pattern leaves its arrays, or 2 where there was no memory.

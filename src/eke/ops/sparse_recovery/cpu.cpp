@@ -3,6 +3,7 @@
 #define VECTOR 16
 #define TILE 2
 #define BLOCK 8
+#include "../machine.h"
 #include "body.h"
 
 #define ARGUMENTS                                                                                            \
@@ -15,14 +16,7 @@ int sparse_recovery_avx2(ARGUMENTS);
 int sparse_recovery_avx512(ARGUMENTS);
 #endif
 
-extern "C" int eke_sparse_recovery_level(void) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+extern "C" int eke_sparse_recovery_level(void) { return machine::level(); }
 
 // sizes: n, stride (a multiple of 16), rank, iterations, most entries of a support. numbers: first density, probability
 // over density from which entries count in products, most entries missed when least squares are tried, rounding, least

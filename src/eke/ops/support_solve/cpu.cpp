@@ -2,6 +2,7 @@
 #define INSTRUCTIONS portable
 #define VECTOR 16
 #define TILE 2
+#include "../machine.h"
 #include "body.h"
 
 #if defined(__x86_64__)
@@ -9,14 +10,7 @@ int support_solve_avx2(int, i64, i64, i64, const void*, const i64*, const void*,
 int support_solve_avx512(int, i64, i64, i64, const void*, const i64*, const void*, void*, unsigned char*, double, int);
 #endif
 
-extern "C" int eke_support_solve_level(void) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
+extern "C" int eke_support_solve_level(void) { return machine::level(); }
 
 // gram (n, n), support (batch, k), right and x (batch, n), failed (batch); wide: double instead of float.
 // Returns 0, or 1 where there was no memory.
