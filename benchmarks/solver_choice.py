@@ -191,7 +191,8 @@ def chosen(case: Case, problem: unrolled.Problem) -> unrolled.Choice:
     if case.ask == "exact":
         asked["exact"] = True
     elif case.ask == "penalty":
-        asked["penalty"] = penalty_of(problem)
+        # What the gap that is asked for needs.
+        asked |= {"penalty": penalty_of(problem), "tolerance": 1e-5 if case.dtype == F32 else 1e-6}
     elif case.ask == "sparsity":
         asked["sparsity"] = int((problem.x != 0).sum(1).max())
     return unrolled.choose(problem.A, problem.b, **asked)

@@ -36,7 +36,7 @@ def test_lasso_comes_with_its_optimality(eke, files):
     found = json.loads(said.stdout)
     assert found["solver"] == "FISTA"
     assert found["violation_over_penalty_worst"] < 1e-4
-    assert 0 <= found["duality_gap_over_objective_worst"] < 1e-4
+    assert 0 <= found["duality_gap_over_objective_worst"] < 1e-6
     assert np.load(files / "found.npy").shape == (120,)
 
 
@@ -79,7 +79,7 @@ def test_long_names_stand_apart_from_their_numbers(eke, files):
     for name in ("violation over penalty worst", "duality gap over objective worst"):
         line = next(line for line in shown.splitlines() if line.startswith(name))
         assert line[len(name)] == " "
-        assert 0 <= float(line[len(name) :]) < 1e-4
+        assert 0 <= float(line[len(name) :]) < 1e-6
 
 
 def test_message_passing_that_takes_most_of_b_for_noise_shows_it(eke, tmp_path):

@@ -109,3 +109,11 @@ def test_contradictions_are_refused():
         optimality(a, b, b, penalty=0.1)
     with pytest.raises(ValueError, match="x has 2 samples and b 6"):
         optimality(a, b, x[:2], penalty=0.1)
+
+
+def test_a_tolerance_is_the_lassos():
+    problem = gaussian(20, 40, 0.1, batch=3, dtype=torch.float64)
+    assert choose(problem.A, problem.b, penalty=0.1).tolerance == 1e-8
+    assert choose(problem.A, problem.b, penalty=0.1, tolerance=1e-4).tolerance == 1e-4
+    with pytest.raises(ValueError, match="belongs to a penalty's lasso, got 0\\.1"):
+        choose(problem.A, problem.b, tolerance=0.1)

@@ -68,6 +68,7 @@ def choose(
     penalty: Penalty | None = None,
     sparsity: int | None = None,
     exact: bool = False,
+    tolerance: float | None = None,
 ) -> Choice:
     """Return the solver that fits a problem.
 
@@ -77,20 +78,24 @@ def choose(
         penalty: Of the lasso, if that is what is asked.
         sparsity: Number of nonzeros, if that is known.
         exact: Whether b has no noise and answers should be right to rounding.
+        tolerance: Relative change of x at which a penalty's lasso is done; None for 1e-8, and 1e-5 in single precision,
+            where smaller changes are mostly rounding.
 
     Returns:
         The choice.
 
     Raises:
-        ValueError: if both a penalty and a number of nonzeros are given.
+        ValueError: if both a penalty and a number of nonzeros are given, or a tolerance without a penalty.
     """
     operator = as_operator(A)
     check_vector(operator, b, "b")
     if penalty is not None and sparsity is not None:
         raise ValueError(f"Give a penalty or a sparsity, got both: {penalty!r} and {sparsity!r}.")
+    if penalty is None and tolerance is not None:
+        raise ValueError(f"A tolerance belongs to a penalty's lasso, got {tolerance!r} without a penalty.")
     single = torch.finfo(b.dtype).bits == 32
     if penalty is not None:
-        tolerance = 1e-5 if single else 1e-6
+        tolerance = (1e-5 if single else 1e-8) if tolerance is None else tolerance
         return Choice(FISTA(operator, penalty=penalty, iterations=20_000), tolerance, "a penalty asks for the lasso")
     rows = (b != 0).any(-1).nonzero().squeeze(-1)[:_TRIED]  # zeros say nothing
     whole = len(rows) == int((b != 0).any(-1).sum())
