@@ -172,7 +172,8 @@ class Shampoo(torch.optim.Optimizer):
                     state["t"], state["m"], state["v"] = 0, torch.zeros_like(g), torch.zeros_like(g)
                     if pair:
                         state["factors"] = [g @ g.T, g.T @ g]
-                        state["bases"] = [torch.linalg.eigh(f)[1].flip(1) for f in state["factors"]]
+                        # In float32 LAPACK fails on the factor of a first gradient of low rank.
+                        state["bases"] = [torch.linalg.eigh(f.double())[1].flip(1).to(f) for f in state["factors"]]
                     continue
                 state["t"] += 1
                 if pair:
