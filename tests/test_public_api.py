@@ -13,8 +13,8 @@ import eke
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
-    "compression", "cost", "curvature", "demo", "linalg", "nn", "ops", "optim", "patterns", "report", "sites",
-    "solvers", "sparsity", "structures", "unrolled",
+    "compression", "cost", "curvature", "demo", "linalg", "nn", "ops", "optim", "patterns", "report", "search",
+    "sites", "solvers", "sparsity", "structures", "unrolled",
 ]  # fmt: skip
 NAMES = [
     "Budget", "Chain", "Counts", "KSPattern", "Result", "Task", "__version__", "best_chain", "compress",
