@@ -206,15 +206,15 @@ F, A, ORDER = torch.ones(1, 2, 3), torch.full((1, 4), 0.25), torch.tensor([[0, 1
         ((F, A * 1.1, ORDER), {}, "must sum to 1 within 0.0001, got one that is 0.1"),
         ((F, torch.tensor([[-0.5, 1.0, 0.25, 0.25]]), ORDER), {}, "at least 0 and not NaN, got -0.5"),
         ((F, A * math.nan, ORDER), {}, "not NaN, got nan"),
-        ((F, A, torch.tensor([[1, 1]])), {}, "stands twice in order: pass replacement=True"),
+        ((F, A, torch.tensor([[1, 1]])), {}, "Position 1 stands twice in order: pass replacement=True"),
         ((F, A, torch.tensor([[0, 4]])), {}, "must lie in 0 … 3, got 0 … 4"),
-        ((F, torch.tensor([[0.0, 0.5, 0.25, 0.25]]), ORDER), {}, "A position with attention 0"),
+        ((F, torch.tensor([[0.0, 0.5, 0.25, 0.25]]), ORDER), {}, "Position 0 of row 0 has attention 0"),
         ((torch.ones(1, 5, 3), A, torch.tensor([[0, 1, 2, 3, 3]])), {}, "5 positions cannot be drawn without"),
         ((torch.ones(1, 3, 3), A, ORDER), {}, r"got \(1, 3, 3\), \(1, 4\), \(1, 2\)"),
         ((F, A.expand(2, -1), ORDER), {}, "Attention has 2 rows and order 1"),
         ((torch.ones(1, 0, 3), A, torch.zeros(1, 0, dtype=torch.long)), {}, r"got order of shape \(1, 0\)"),
         ((F, A, ORDER), {"estimator": "desraj"}, "An estimator is one of corrected, murthy, paper_code, got 'desraj'"),
-        ((F, A, ORDER), {"estimator": "murthy", "replacement": True}, "Murthy's estimator is for draws without"),
+        ((F, A, ORDER), {"estimator": "murthy", "replacement": True}, "estimator='murthy' is for draws without"),
     ],
 )
 def test_what_is_no_draw_is_refused(arguments, options, message):

@@ -109,7 +109,7 @@ def expectation(
     if estimator not in _ESTIMATORS:
         raise ValueError(f"An estimator is one of {', '.join(_ESTIMATORS)}, got {estimator!r}.")
     if replacement and estimator == "murthy":
-        raise ValueError("Murthy's estimator is for draws without replacement: use estimator='corrected'.")
+        raise ValueError(f"estimator={estimator!r} is for draws without replacement: use 'corrected' with it.")
     _check(features, attention, order, replacement=replacement)
     drawn = attention.gather(1, order).to(torch.float64)
     if replacement:
@@ -220,6 +220,11 @@ def _check(features: Tensor, attention: Tensor, order: Tensor, *, replacement: b
             f"Each row of the attention must sum to 1 within {_SUM_TOLERANCE:g}, got one that is {off:g} off."
         )
     if not bool((values.gather(1, order) > 0).all()):
-        raise ValueError("A position with attention 0 stands in order: it cannot have been drawn.")
-    if not replacement and bool((order.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise ValueError("A position stands twice in order: pass replacement=True if it was drawn so.")
+        row, n = (int(part) for part in (values.gather(1, order) == 0).nonzero()[0])
+        raise ValueError(
+            f"Position {int(order[row, n])} of row {row} has attention 0 and stands in order: it was not drawn."
+        )
+    ranked = order.sort(-1).values
+    twice = ranked[:, 1:][ranked.diff(dim=-1) == 0]
+    if not replacement and twice.numel():
+        raise ValueError(f"Position {int(twice[0])} stands twice in order: pass replacement=True if it was drawn so.")

@@ -185,7 +185,7 @@ class PatchLayer(nn.Module):
             ValueError: if there are none, or they differ in size or axes.
         """
         if not len(source):
-            raise ValueError("There is no image in the batch.")
+            raise ValueError(f"There is no image in the batch: it has {len(source)}.")
         shapes = {tuple(image.shape) for image in source}
         if len(shapes) > 1:
             raise ValueError(f"Images of one batch must have one shape, got {sorted(shapes)}.")
@@ -204,7 +204,7 @@ class PatchLayer(nn.Module):
             ValueError: if their size is not known.
         """
         if self.view_size is None:
-            raise ValueError("Pass the small view of the images, or its size as view_size.")
+            raise ValueError(f"Pass the small view of the images, or its size as view_size: that is {self.view_size}.")
         if isinstance(source, Tensor):
             return pooled(as_float(source), self.view_size)
         made = []
@@ -268,7 +268,7 @@ class AttentionSampling(PatchLayer):
         if not 0 <= smoothing < 1 or chunk < 1:
             raise ValueError(f"smoothing must lie in [0, 1) and chunk be positive, got {smoothing} and {chunk}.")
         if estimator == "murthy" and replacement:
-            raise ValueError("Murthy's estimator is for draws without replacement: use estimator='corrected'.")
+            raise ValueError(f"estimator={estimator!r} is for draws without replacement: use 'corrected' with it.")
         self.estimator, self.replacement, self.smoothing = estimator, replacement, smoothing
         self.evaluation, self.chunk = evaluation, chunk
 
