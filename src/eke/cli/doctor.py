@@ -43,6 +43,7 @@ def examined() -> dict[str, Any]:
     from ..cost import environment
     from ..ops import pair_splits, sparse_recovery
     from ..ops.ks_matmul import describe
+    from ..ops.decode.native import describe as decode
     from ..ops.linear_attention.native import describe as linear_attention
     from ..ops.sparse_matmul import describe as sparse_products
 
@@ -64,6 +65,7 @@ def examined() -> dict[str, Any]:
         "sparse product kernel": sparse_products(),
         "sparse solver kernel": sparse_recovery.describe(),
         "linear attention kernel": linear_attention(),
+        "decoding kernel": decode(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},

@@ -5,6 +5,7 @@
     y = ops.ks_chain_matmul(x, [left, middle, right])  # a product of factors, a tile of the batch at a time
     y = ops.sparse_matmul(x, values, columns, starts)  # a matrix with few entries that lie anywhere
     y, state = ops.linear_attention(q, k, v, causal=True)  # attention in linear time
+    logits = ops.decode.Decoder(blocks, heads=8)(x, states)  # all layers for one position of every sample
 
 Each operation is a folder; its `reference.py` is the specification that every other implementation must agree with.
 """

@@ -5,39 +5,17 @@
 //   first to last:  dq = dP k + g S^T + h z^T;   last to first, R = sum of later q^T g, r = sum of later q^T h:
 //   dk = dP^T q + v R^T + r,   dv = P^T g + k R.
 #include "call.h"
+#include "../lanes.h"
 namespace {
 
 constexpr i64 W = LANES;
 constexpr i64 C = 64;  // positions of a chunk
 constexpr i64 FEW = 4;  // positions from which products of matrices pay
 constexpr float EPSILON = 1e-6f;
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 constexpr int COLS = LANES == 16 ? 4 : 2, ROWS = LANES == 4 ? 4 : 6;
 
 inline i64 padded(i64 n) { return (n + W - 1) / W * W; }
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
-inline vec load(const float* p) { return *(const vec*)p; }
-inline void store(float* p, vec v) { *(vec*)p = v; }
-inline vec all(float f) { return vec{} + f; }
-
-// e^x for x <= 0, within two units of the last place; the polynomial is that of Cephes.
-inline vec exponential(vec x) {
-  x = x < -87.0f ? all(-87.0f) : x;
-  vec n = x * 1.44269504f + 12582912.0f;
-  n = n - 12582912.0f;
-  const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-  return p * (vec)power;
-}
-
 inline vec mapped(vec x, i64 map) { return map == ELU ? (x > 0.0f ? x + 1.0f : exponential(x < 0.0f ? x : all(0.0f))) : x; }
 
 // A row into `wide` floats, zeros after its end.
@@ -61,8 +39,6 @@ inline void copy_rows(const Rows& in, i64 b, i64 h, i64 t, i64 count, i64 size, 
   for (i64 r = 0; r < count; r++) copy_row(at + r * in.time, size, out + r * wide, wide, map);
   memset(out + count * wide, 0, (padded(count) - count) * wide * sizeof(float));
 }
-
-typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
 // in (rows, cols), out (cols, rows), both multiples of four.
 inline void turn(const float* in, i64 rows, i64 cols, float* out) {
