@@ -11,6 +11,7 @@ from eke.patterns import Chain
 from eke.structures import (
     NM,
     Both,
+    EntrySparse,
     KroneckerSparse,
     LowRank,
     Rows,
@@ -45,6 +46,8 @@ MEMBERS = [
     Both(NM(2, 4), UniformGrid(bits=3)),
     Both(Unstructured(0.3), UniformGrid(bits=4, group=8)),
     Both(Rows(0.5), UniformGrid(bits=2)),
+    EntrySparse(0.2),
+    EntrySparse(0.3, UniformGrid(bits=4)),
 ]
 every_member = pytest.mark.parametrize("structure", MEMBERS, ids=repr)
 
@@ -68,7 +71,7 @@ def distance(v: torch.Tensor, p: torch.Tensor, score: torch.Tensor | None) -> fl
 def test_members_are_structures(structure):
     assert isinstance(structure, Structure)
     assert isinstance(structure, Sweepable) != isinstance(structure, LowRank | KroneckerSparse)
-    assert isinstance(structure, Supported) == isinstance(structure, Unstructured | NM | Rows | Both)
+    assert isinstance(structure, Supported) == isinstance(structure, Unstructured | NM | Rows | Both | EntrySparse)
 
 
 @every_member

@@ -17,11 +17,12 @@ from ..linalg import Metric
 from ..patterns import Chain
 from ..sites import Site, Surgery, find
 from ..solvers import remove_columns
-from ..structures import KroneckerSparse, LowRank, Structure
+from ..structures import EntrySparse, KroneckerSparse, LowRank, Structure
 from .artifact import Blueprint
 from .blocks import leave_out_
 from .candidates import Decisions
 from .deploy import Pair
+from .entries import skip_any_, skip_zeros_
 from .factor import StandIn, factor_, fill_, fill_chain_, stand_in
 from .lessons import Lessons
 from .solver import Solver, fitting, solved
@@ -102,7 +103,7 @@ def blueprint(decisions: Decisions, picks: Mapping[str, int], layout: Layout) ->
         shape = left_shape(site, surgery)
         fit = fitting(structure, shape)
         other = stand_in(fit, shape)
-        if other is not None:
+        if other is not None and not isinstance(other, EntrySparse):
             factored[site.module_name] = other
             if isinstance(fit, LowRank) and fit.grid is not None:
                 structures |= {f"{name}.0": fit.grid, f"{name}.1": fit.grid}
@@ -135,6 +136,7 @@ def shaped(model: nn.Module, form: Blueprint) -> nn.Module:
     """
     net = copy.deepcopy(model).eval()
     form.reshape_(net)
+    skip_any_(net, form.structures)
     return net
 
 
@@ -319,7 +321,7 @@ def on_structures(model: nn.Module, structures: Mapping[str, Structure]) -> dict
 
 
 def deploy_(model: nn.Module, form: Blueprint) -> None:
-    """Project the matrices on their structures, fold, project again and set the memory format, in place.
+    """Project the matrices on their structures, fold, project again, set the memory format and skip zeros, in place.
 
     Folding multiplies each row, which a grid with one scale a row follows up to the rounding of that scale: the codes
     stay, and the second projection puts the products back on the grid exactly.
@@ -333,3 +335,4 @@ def deploy_(model: nn.Module, form: Blueprint) -> None:
     form.finish_(model)
     for site, structure in on_structures(model, form.structures).values():
         site.write_(model, structure.project(site.read(model)))
+    skip_zeros_(model, form.structures)

@@ -26,11 +26,12 @@ from .._version import __version__
 from ..cost import read_tensors, write_tensors
 from ..patterns import Chain
 from ..sites import Site, Surgery, find, unwrap
-from ..structures import NM, Both, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
+from ..structures import NM, Both, EntrySparse, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
 from .blocks import leave_out_
 from .candidates import BlockKind
 from .checkpoint import read_json, sha256, write_json
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
+from .entries import skip_zeros_, with_zeros
 from .factor import StandIn, factor_
 from .original import check_filled, check_module, private_copy
 
@@ -202,7 +203,7 @@ def structure_from_json(document: Mapping[str, Any], *, outside: Sequence[Struct
     return found
 
 
-_KINDS: dict[str, Any] = {k.__name__: k for k in (Both, LowRank, NM, Rows, UniformGrid, Unstructured)}
+_KINDS: dict[str, Any] = {k.__name__: k for k in (Both, EntrySparse, LowRank, NM, Rows, UniformGrid, Unstructured)}
 
 
 def _by_name(model: nn.Module) -> dict[str, Site]:
@@ -233,6 +234,7 @@ def pack(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, Ten
     Returns:
         Tensors by name.
     """
+    model = with_zeros(model, structures)
     sites = _by_name(model)
     packed = {sites[name].parameter_name for name in structures}
     aliases = {other for site in sites.values() for other in site.tied}
@@ -372,6 +374,7 @@ def load(folder: str | pathlib.Path, model: nn.Module, *, structures: Sequence[S
             f"architecture that was compressed, {document.get('architecture')}."
         ) from error
     unpack_(rebuilt, tensors, blueprint.structures)
+    skip_zeros_(rebuilt, blueprint.structures)
     return rebuilt
 
 

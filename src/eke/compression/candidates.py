@@ -21,7 +21,7 @@ from ..curvature import Curvature
 from ..linalg import MANY, Metric
 from ..sites import ChannelGroup, Site, Surgery
 from ..solvers import Consumer, greedy_removal, remove_columns
-from ..structures import NM, Both, KroneckerSparse, LowRank, Structure, UniformGrid, Unstructured
+from ..structures import NM, Both, EntrySparse, KroneckerSparse, LowRank, Structure, UniformGrid, Unstructured
 from .factor import stand_in
 from .solver import Solver, fitting, metric_of, quick, solved
 
@@ -331,6 +331,7 @@ def form_candidates(
     *,
     solver: Solver = quick,
     factorable: Sequence[str] = (),
+    sparsable: Sequence[str] = (),
 ) -> list[Forms]:
     """Propose structures for every matrix with a known curvature; where one has no member of the shape it is left out.
 
@@ -340,7 +341,8 @@ def form_candidates(
         curvature: Estimated at the visible ones.
         structures: Structures to consider.
         solver: Finds a member.
-        factorable: Names of the sites that may become factors.
+        factorable: Names of the sites that may become other layers.
+        sparsable: Names of those that may become sparse ones.
 
     Returns:
         Candidates, one entry a matrix.
@@ -352,7 +354,7 @@ def form_candidates(
         matrix = site.read(model)
         # One metric for all structures: what solvers derive from it is derived once.
         metric = metric_of(curvature, site) if site.groups == 1 else None
-        fit = offered(site, structures, factorable)
+        fit = offered(site, structures, factorable, sparsable=sparsable)
         parts = [(0.0, 0.0)]
         for structure in fit:
             member = replaced(structure, matrix, curvature, site, solver=solver, metric=metric)
@@ -362,14 +364,17 @@ def form_candidates(
     return proposed
 
 
-def offered(site: Site, structures: Sequence[Structure], factorable: Sequence[str]) -> list[Structure]:
-    """Return the structures that save bytes at a site, from most to fewest stored bits; factors only where they can
-    stand in for the module.
+def offered(
+    site: Site, structures: Sequence[Structure], factorable: Sequence[str], *, sparsable: Sequence[str] = ()
+) -> list[Structure]:
+    """Return the structures that save bytes at a site, from most to fewest stored bits; factors and sparse layers only
+    where they can stand in for the module.
     """  # noqa: D205
     plain = 32 * site.shape[0] * site.shape[1]
     found = [s for s in structures if fitting(s, site.shape) is not None and s.bits(site.shape) < plain]
     found = [s for s in found if stand_in(s, site.shape) is None or site.name in factorable]
     found = [s for s in found if not isinstance(s, KroneckerSparse) or site.kind == "linear"]
+    found = [s for s in found if not isinstance(s, EntrySparse) or site.name in sparsable]
     return sorted(found, key=lambda s: -s.bits(site.shape))
 
 

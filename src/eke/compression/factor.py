@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..nn import KSLinear
 from ..patterns import Chain
 from ..sites import Site, find
-from ..structures import KroneckerSparse, LowRank, Structure
+from ..structures import EntrySparse, KroneckerSparse, LowRank, Structure
 from .task import evaluating
 
 StandIn = int | Chain
@@ -28,8 +28,10 @@ StandIn = int | Chain
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def stand_in(structure: Structure | None, shape: tuple[int, int]) -> StandIn | None:
+def stand_in(structure: Structure | None, shape: tuple[int, int]) -> StandIn | EntrySparse | None:
     """Return what takes the place of a layer whose matrix (m, n) gets a structure; None if the layer stays."""
+    if isinstance(structure, EntrySparse):
+        return structure
     if isinstance(structure, LowRank):
         return structure.rank_of(shape)
     return structure.chain if isinstance(structure, KroneckerSparse) else None

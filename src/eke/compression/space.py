@@ -24,6 +24,7 @@ from .calibrate import Calibration, Meter, affordable, calibrate, plan_loss, sha
 from .candidates import Decisions
 from .checkpoint import Run
 from .embeddings import embedding_candidates, embedding_sites
+from .entries import sparsable
 from .factor import factorable
 from .job import Job
 from .plan import Term
@@ -153,8 +154,9 @@ def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], c
     job.progress("candidates", 0.4, f"{len(job.structures)} structures at {len(curvature.names)} matrices")
     known = [site for site in sites if site.name in curvature.names]
     forms = candidates.form_candidates(
-        job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call)
-    )
+        job.model, known, curvature, job.structures, solver=job.solver, factorable=factorable(job.model, known, call),
+        sparsable=sparsable(job.model, known),
+    )  # fmt: skip
     _warn_unused(job, forms, known)
     forms += embedding_candidates(
         job.model,
@@ -281,7 +283,7 @@ def _memory_terms(job: Job, decisions: Decisions, layout: Layout) -> list[Term]:
 def _timing_terms(fit: Mapping[str, Any] | None, dimensions: tables.Shapes, counter: tables.Counter) -> list[Term]:
     if fit is None:
         return []
-    by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored", "chains")]
+    by_module = [{name: tuple(c) for name, c in fit[key].items()} for key in ("modules", "factored", "alone")]
     curves = {name: (factor, exponent) for name, (factor, exponent) in fit["curves"].items()}
     timing = Timing(by_module[0], by_module[1], by_module[2], curves, tuple(fit["rest"]), fit["scale"], fit["offset"])
     return timing.terms(dimensions, counter)

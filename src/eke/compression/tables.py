@@ -17,7 +17,7 @@ from torch import nn
 
 from ..patterns import Chain
 from ..sites import find
-from ..structures import KroneckerSparse, LowRank, Structure
+from ..structures import EntrySparse, KroneckerSparse, LowRank, Structure
 from .artifact import stored_bits
 from .candidates import Block, Decisions, Forms, Widths
 from .deploy import Pair
@@ -170,7 +170,7 @@ class Counter:
         rows = self.full(self.stay(dimensions[row], over), over) * (site.shape[0] / dimensions[row].size)
         columns = self.product([d for i, d in enumerate(dimensions) if i != row], over)
         columns = columns * (site.shape[1] / math.prod(d.size for i, d in enumerate(dimensions) if i != row))
-        entries, stored, ranks, chains = (np.zeros((*rows.shape, len(form.structures))) for _ in range(4))
+        entries, stored, ranks, alone = (np.zeros((*rows.shape, len(form.structures))) for _ in range(4))
         for index in itertools.product(*map(range, rows.shape)):
             shape = (round(float(rows[index])), round(float(columns[index])))
             for option, wanted in enumerate(form.structures):
@@ -179,11 +179,12 @@ class Counter:
                 entries[place] = shape[0] * shape[1]
                 stored[place] = stored_bits(structure, shape) / 8
                 other = stand_in(structure, shape)
-                if isinstance(other, Chain):
-                    chains[place], entries[place] = 1, other.parameters
+                if isinstance(other, Chain | EntrySparse):
+                    alone[place] = 1
+                    entries[place] = other.parameters if isinstance(other, Chain) else other.kept(shape)
                 elif other is not None:
                     ranks[place], entries[place] = other, other * (shape[0] + shape[1])
-        return Matrix(over, rows, columns, entries, stored, ranks, chains)
+        return Matrix(over, rows, columns, entries, stored, ranks, alone)
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Matrix:
         entries: Parameters, and multiply-adds a location.
         stored: Bytes in the file.
         ranks: Rank of two factors, 0 for one matrix.
-        chains: 1 where Kronecker-sparse factors stand for the matrix, else 0.
+        alone: 1 where one layer of another kind stands for the matrix (Kronecker-sparse, or without zeros), else 0.
     """
 
     over: tuple[str, ...]
@@ -206,7 +207,12 @@ class Matrix:
     entries: Table
     stored: Table
     ranks: Table
-    chains: Table
+    alone: Table
+
+    @property
+    def left(self) -> Table:
+        """Share of the matrix that stays after cuts, without the candidate's axis."""
+        return self.rows * self.columns / float(self.rows.max() * self.columns.max())
 
 
 def loss_terms(decisions: Decisions) -> list[Term]:

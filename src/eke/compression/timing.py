@@ -3,7 +3,8 @@
 Some tens of changed nets (designs) run as a whole, with a clock at every module, and each module's time is fitted as
 t = c0 + c1 in + c2 out + c3 in*out + c4 in'*out' with non-negative c (in, out: shares of its channels that stay; in',
 out': the same in whole vectors of 16), bent by a power where it outgrows its caches; that of two factors of rank r as
-c0 + c1 r in + c2 r out; that of a chain of factors is what was measured; the rest of the whole net's time is fitted to
+c0 + c1 r in + c2 r out; that of a chain of factors or of a sparse layer is what was measured, a share of it where the
+layer is cut; the rest of the whole net's time is fitted to
 the shares of groups and blocks that stay. Clocks cost time and the machine drifts meanwhile, so the sum is scaled and
 shifted to a few whole nets, among them the uncut and the smallest one, each timed without clocks against
 the original.
@@ -33,7 +34,7 @@ class Timing:
     Args:
         modules: Coefficients of each timed module: one a product of shares, see `_features`.
         factored: Coefficients of the two factors in a module's place: 1, rank * columns, rank * rows.
-        chains: Seconds of each candidate that is a chain of factors in a module's place, 0 for others.
+        alone: Seconds of each candidate that is another layer in a module's place, uncut; 0 for others.
         curves: Factor and exponent of each module's fit: its time is factor * fit**exponent.
         rest: Coefficients of the rest of the forward pass: a constant, one a group, one a block.
         scale: Time of a whole net without clocks, per second of the fit's sum.
@@ -42,7 +43,7 @@ class Timing:
 
     modules: Mapping[str, tuple[float, ...]]
     factored: Mapping[str, tuple[float, ...]]
-    chains: Mapping[str, tuple[float, ...]]
+    alone: Mapping[str, tuple[float, ...]]
     curves: Mapping[str, tuple[float, float]]
     rest: tuple[float, ...]
     scale: float = 1.0
@@ -58,7 +59,7 @@ class Timing:
             dense = self.scale * factor * counter.full(np.asarray(dense), over) ** exponent
             name = f"{module}.weight"
             form = counter.forms.get(name)
-            if form is None or (module not in self.factored and module not in self.chains):
+            if form is None or (module not in self.factored and module not in self.alone):
                 found.append(counter.term("latency", module, over, [dense], None))
                 continue
             matrix = counter.matrix(form, dimensions[name])
@@ -68,10 +69,10 @@ class Timing:
                 np.where(rank > 0, self.scale * time, dense)
                 for rank, time in zip(by_option(matrix.ranks), by_option(np.asarray(pair)))
             ]
-            # A chain that was never measured is taken to save no time.
-            for option, seconds in enumerate(self.chains.get(module, ())):
-                stands = (by_option(matrix.chains)[option] > 0) & (seconds > 0)
-                tables[option] = np.where(stands, self.scale * seconds, tables[option])
+            # What was never measured is taken to save no time.
+            for option, seconds in enumerate(self.alone.get(module, ())):
+                stands = (by_option(matrix.alone)[option] > 0) & (seconds > 0)
+                tables[option] = np.where(stands, self.scale * seconds * matrix.left, tables[option])
             found.append(counter.term("latency", module, matrix.over, tables, form))
         found.append(Term((), "latency", np.asarray(self.offset + self.scale * self.rest[0])))
         groups = self.rest[1 : 1 + len(counter.removed)]
@@ -133,7 +134,7 @@ def fit_timing(
     """
     modules: dict[str, tuple[float, ...]] = {}
     factored: dict[str, tuple[float, ...]] = {}
-    chains: dict[str, tuple[float, ...]] = {}
+    alone: dict[str, tuple[float, ...]] = {}
     curves: dict[str, tuple[float, float]] = {}
     rest = np.asarray([measured.get("", 0.0) for measured in times])
     for name in times[0]:
@@ -149,9 +150,12 @@ def fit_timing(
         seen = [i for i, measured in enumerate(times) if name in measured]
         if ranked is not None:
             matrix = counter.matrix(ranked, dimensions[f"{name}.weight"])
-            chained = [i for i in seen if matrix.chains[_place(matrix, ranked, designs[i])] > 0]
-            chains |= {name: _by_option(ranked, designs, times, name, chained)} if chained else {}
-            seen = [i for i in seen if i not in chained]
+            spots = {i: _place(matrix, ranked, designs[i]) for i in seen}
+            others = {
+                i: times[i][name] / matrix.left[place[:-1]] for i, place in spots.items() if matrix.alone[place] > 0
+            }
+            alone |= {name: _by_option(ranked, designs, others)} if others else {}
+            seen = [i for i in seen if i not in others]
         rows = np.asarray([[f[tuple(designs[i].get(c, 0) for c in over)] for f in full] for i in seen])
         seconds = np.asarray([times[i][name] for i in seen])
         modules[name] = _relative_fit(rows, seconds)
@@ -171,7 +175,7 @@ def fit_timing(
         ]
         for design in designs
     ])
-    timing = Timing(modules, factored, chains, curves, tuple(float(c) for c in non_negative(rows, np.maximum(rest, 0))))
+    timing = Timing(modules, factored, alone, curves, tuple(float(c) for c in non_negative(rows, np.maximum(rest, 0))))
     terms = timing.terms(dimensions, counter)
     names = {name for term in terms for name in term.over}
     fitted = np.asarray([total(terms, {n: picks.get(n, 0) for n in names})["latency"] for picks in designs])
@@ -189,26 +193,20 @@ def _place(matrix: Matrix, form: Forms, design: Mapping[str, int]) -> tuple[int,
     return (*(design.get(choice, 0) for choice in matrix.over), design.get(form.choice, 0))
 
 
-def _by_option(
-    form: Forms, designs: Sequence[Mapping[str, int]], times: Sequence[Mapping[str, float]], name: str, which: list[int]
-) -> tuple[float, ...]:
-    """Return the median seconds of a module under each candidate, over some of the nets; 0 where there is none.
+def _by_option(form: Forms, designs: Sequence[Mapping[str, int]], seconds: Mapping[int, float]) -> tuple[float, ...]:
+    """Return the median seconds of a module under each candidate; 0 where there is none.
 
     Args:
         form: The matrix.
         designs: Options of each net.
-        times: Seconds by module of each net.
-        name: Of the module.
-        which: The nets to look at.
+        seconds: Of the module, by number of the net.
 
     Returns:
         One number a candidate.
     """
-    options = [designs[i].get(form.choice, 0) for i in which]
-    measured = [
-        [times[i][name] for i, o in zip(which, options) if o == option] for option in range(len(form.structures))
-    ]
-    return tuple(float(np.median(seconds)) if seconds else 0.0 for seconds in measured)
+    options = {i: designs[i].get(form.choice, 0) for i in seconds}
+    measured = [[seconds[i] for i, o in options.items() if o == option] for option in range(len(form.structures))]
+    return tuple(float(np.median(found)) if found else 0.0 for found in measured)
 
 
 def _relative_fit(rows: Table, seconds: Table) -> tuple[float, ...]:

@@ -14,12 +14,13 @@ from .._types import Counts, Quality, Samples
 from ..patterns import Chain
 from ..report import Calibrated, PlanLine, Speedup, Split
 from ..sites import find
-from ..structures import NM, Both, KroneckerSparse, LowRank, Rows, Structure, UniformGrid, Unstructured
+from ..structures import NM, Both, EntrySparse, KroneckerSparse, LowRank, Rows, Structure, UniformGrid, Unstructured
 from . import apply, measure
 from .artifact import Blueprint, stored_bits
 from .calibrate import Calibration, Meter
 from .candidates import Block, Forms, Widths
 from .checkpoint import Run
+from .entries import shape_of
 from .intervals import samples_to_prove
 from .job import Job
 from .plan import Plan
@@ -211,7 +212,7 @@ def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[Pla
         if any(form.site.module_name == name or form.site.module_name.startswith(f"{name}.") for name in removed):
             continue
         name = form.site.module_name
-        shape = after.get(form.site.name)
+        shape = after.get(form.site.name) or shape_of(net, name)
         parts = [name]
         other = factored.get(name)
         if isinstance(other, Chain):
@@ -284,6 +285,8 @@ def described(structure: Structure | None, shape: tuple[int, int]) -> str:
     if isinstance(structure, KroneckerSparse):
         share = structure.chain.parameters / (shape[0] * shape[1])
         return f"{len(structure.chain)} Kronecker-sparse factors, {100 * share:.3g} % of the entries"
+    if isinstance(structure, EntrySparse):
+        return f"{described(structure.stored, shape)}, run without the others"
     if isinstance(structure, NM):
         return f"{structure.n} of {structure.m}"
     if isinstance(structure, Unstructured | Rows):

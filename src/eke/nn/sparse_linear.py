@@ -85,7 +85,8 @@ class SparseLinear(nn.Module):
         )
         self._prepared: tuple[Way, list[int], tuple[Tensor | None, ...], Product] | None = None
         self._choices: dict[tuple[int, int], Way] = {}
-        self.reset_parameters()
+        if not self.values.is_meta:  # nothing to draw, and torch loads its compiler to draw it
+            self.reset_parameters()
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
         """Draw values anew with variance 1 / (entries of the row on average), so that outputs keep the scale of inputs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .both import Both
+from .entries import EntrySparse
 from .grids import UniformGrid
 from .kronecker import KroneckerSparse
 from .low_rank import LowRank
@@ -14,6 +15,7 @@ __all__ = [
     "NM",
     "Both",
     "ColumnRule",
+    "EntrySparse",
     "Exactness",
     "KroneckerSparse",
     "LowRank",
