@@ -42,8 +42,8 @@ def examined() -> dict[str, Any]:
 
     from ..cost import environment
     from ..ops import pair_splits, sparse_recovery
-    from ..ops.ks_matmul import describe
     from ..ops.decode.native import describe as decode
+    from ..ops.ks_matmul import describe
     from ..ops.linear_attention.native import describe as linear_attention
     from ..ops.sparse_matmul import describe as sparse_products
 
