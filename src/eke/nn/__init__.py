@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention_sampling import AttentionSampling
 from .blast import BLASTLinear
 from .feature_maps import FAVOR, T2R, Hedgehog
 from .ks_conv import KSConv2d
@@ -17,6 +18,7 @@ from .transformer import FusedStep, SoftmaxAttention, TransformerBlock, fuse
 __all__ = [
     "FAVOR",
     "T2R",
+    "AttentionSampling",
     "BLASTLinear",
     "Core",
     "FusedStep",
