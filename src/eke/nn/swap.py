@@ -124,7 +124,7 @@ def replace_linears(
         except ValueError as error:
             raise ValueError(f"At {name!r} ({linear.out_features} x {linear.in_features}): {error}") from error
         reports.append(report)
-    return Replaced(_without_fast_path(copy.deepcopy(model, {**new})), tuple(reports))
+    return Replaced(without_fast_path(copy.deepcopy(model, {**new}), KSLinear), tuple(reports))
 
 
 def _swapped(
@@ -221,11 +221,16 @@ def _check_alone(model: nn.Module, found: Iterable[tuple[str, nn.Linear, Chain |
             )
 
 
-def _without_fast_path(model: nn.Module) -> nn.Module:
-    """Return the model, torch's transformer layers kept from reading weights of replaced layers in a fused kernel."""
+def without_fast_path(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return the model, torch's transformer layers kept from a fused kernel that reads weights of replaced layers.
+
+    Args:
+        model: Changed in place.
+        kind: Of the layers that replaced others.
+    """
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
-            isinstance(inside, KSLinear) for inside in module.modules()
+            isinstance(inside, kind) for inside in module.modules()
         ):
             module.activation_relu_or_gelu = 0
             module.use_nested_tensor = False
