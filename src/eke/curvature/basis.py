@@ -165,14 +165,15 @@ def solved(g: Tensor | None, a: Tensor | None, factors: Tensor, blocks: Tensor) 
     both = factors[:, p:, q:]
     if below and beside:
         weight = weight + both
-    found = _times(g, inside * weight)
-    if below:
-        found = found + right * (low - both if beside else low)
+    inside = inside * weight
+    if not below:
+        # Nothing is left out below: the sum is turned back once.
+        whole = inside if a is None else inside @ a.mT
+        return _times(g, whole.addcmul_(side, left) if beside else whole)
+    found = _times(g, inside).addcmul_(low - both if beside else low, right)
     found = found if a is None else found @ a.mT
-    if beside:
-        found = found + _times(g, (side - both if below else side) * left)
-    if below and beside:
-        found = found + both * blocks
+    if beside and g is not None:
+        found.baddbmm_(g, (side - both) * left).addcmul_(both, blocks)
     return found
 
 

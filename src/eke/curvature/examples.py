@@ -97,6 +97,22 @@ class Rows:
             first = _bordered(first, a.sum(1), count) if wanted[0] else torch.cat([first, count], 1)
         return first.div_(self.examples), second
 
+    def mix_a_(self, factor: Tensor, share: float) -> None:
+        """Replace a share of a running mean of A (groups, n, n) by this batch's, in place and without a copy."""
+        rows = self.a.flatten(1, 2)
+        mix_moment_(factor, rows, share, self.examples)
+        if self.ones:
+            line = rows.sum(1).mul_(share / self.examples)
+            size = line.shape[1]
+            for border in (factor[:, :size, size], factor[:, size, :size]):
+                border.mul_(1 - share).add_(line)
+            factor[:, size, size].mul_(1 - share).add_(share * rows.shape[1] / self.examples)
+
+    def mix_g_(self, factor: Tensor, share: float) -> None:
+        """Replace a share of a running mean of g g^T (groups, m, m) by this batch's, in place and without a copy."""
+        rows = self.g.flatten(1, 2)
+        mix_moment_(factor, rows, share, max(1, rows.shape[1]))
+
     def channels(self, taps: int) -> tuple[Tensor, Tensor | None]:
         """Return second moments of a convolution's input channels, whatever the tap of the kernel, and of the centre's
         with the constant 1 of the bias.
@@ -216,6 +232,13 @@ def _squared_inputs(rows: Rows, basis: Tensor | None) -> Tensor:
         return squares
     norms = rows.a[:, :, 0].square().sum(2, keepdim=True).add_(int(rows.ones))
     return torch.cat([squares, norms.sub_(squares.sum(2, keepdim=True)).clamp_min_(0)], 2)
+
+
+def mix_moment_(factor: Tensor, rows: Tensor, share: float, count: int) -> None:
+    """Replace a share of the leading block of factors (groups, n [+ 1], n [+ 1]) by rows^T rows / count."""
+    size = rows.shape[2]
+    for running, group in zip(factor, rows):
+        running[:size, :size].addmm_(group.mT, group, beta=1 - share, alpha=share / count)
 
 
 def _moment(rows: Tensor, whole: bool) -> Tensor:

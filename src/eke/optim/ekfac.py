@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..curvature import Basis, Capture, Fisher, Likelihood, Lookups, Rows, Seen, Sharing, pulls
+from ..curvature import Basis, Calls, Capture, Fisher, Likelihood, Lookups, Rows, Seen, Sharing, pulls
 from .basis import Refresh, turn
 from .layers import Layer, attentions, find_layers
 from .statistics import (
@@ -40,7 +40,6 @@ from .statistics import (
     State,
     Variant,
     is_cut,
-    is_read,
     mean_moments,
     moments_of_gradient,
     product_moments,
@@ -273,7 +272,7 @@ class EKFAC(torch.optim.Optimizer):
         lr, damping, clip = group["lr"], group["damping"], group["kl_clip"]
         unit, scales = 1.0, [1.0] * len(moves)
         if clip is not None:
-            totals = [max(value, 1e-30) for value in torch.stack([move.total() for move in moves]).tolist()]
+            totals = [max(move.total(), 1e-30) for move in moves]
             unit = (sum(totals) / sum(move.entries for move in moves)) ** 0.5
             scales = [total / move.entries for move, total in zip(moves, totals)]
         for move, scale in zip(moves, scales):
@@ -297,21 +296,29 @@ class EKFAC(torch.optim.Optimizer):
                 "was given to the optimizer, not a copy."
             )
         rows, fine = None, True
+        now = "moments" not in state or rules.reads(int(state.get("steps", 0)))
+        reads = now and (any(layer.bases) or rules.variant == "kfac")
+        known = weights is None and self.fisher == "empirical"
+        # Rows are cut out (which convolutions feel) for statistics, to count examples, and where they save work.
         shapes = [list(x.shape) for _, x, _ in calls]
-        reads = is_read(layer, state, rules)
-        # Where only the mean gradient is squared, rows are cut out (which convolutions feel) for the factors alone.
-        counted = rules.variant != "ekfac" and self.sharing != "expand" and state.get("shapes") == shapes
-        if calls and (reads or not counted):
+        plain = self.mean and rules.variant != "ekfac_ra"
+        counted = plain or (self.sharing != "expand" and state.get("shapes") == shapes)
+        wanted = reads or (now and rules.variant == "ekfac") or not counted
+        if calls and (wanted or (known and not is_cut(state) and _saves(layer, calls))):
             rows = layer.rows(calls, Seen(self.sharing, self.mean, self._scale(), weights))
             state["shapes"], state["examples"] = shapes, rows.examples
-        gradient = layer.gradient()
-        if not self.mean and calls:
-            gradient = gradient / state["examples"]
         if rows is not None and reads:
             fine = update_factors(layer, state, rows, rules)
         state["steps"] = int(state.get("steps", 0)) + 1
-        known = weights is None and self.fisher == "empirical"
-        gradient, batch = self._measured(state, rows, gradient, known=known)
+        gradient: Tensor | None = None
+        batch: Tensor | None = None
+        if not (plain and is_cut(state)):
+            gradient = layer.gradient()
+            if not self.mean and calls:
+                gradient = gradient / state["examples"]
+            gradient, batch = self._measured(state, rows, gradient, known=known, now=now)
+        elif now and rows is not None:
+            batch = product_moments(state) if rules.variant == "kfac" else self._along(state, rows)
         if calls and batch is not None:
             decay = 0.0 if rules.variant == "kfac" else rules.decay
             fine = update_moments(state, batch, decay) and fine
@@ -321,30 +328,35 @@ class EKFAC(torch.optim.Optimizer):
             return None
         return _with_momentum(layer, state, gradient, group["momentum"])
 
+    def _along(self, state: State, rows: Rows | Lookups) -> Tensor:
+        """Return the second moments of examples' gradients where a side is cut."""
+        return mean_moments(state, rows.energies(state.get("g_basis"), state.get("a_basis")))
+
     def _measured(
-        self, state: State, rows: Rows | Lookups | None, gradient: Tensor, *, known: bool
+        self, state: State, rows: Rows | Lookups | None, gradient: Tensor, *, known: bool, now: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient (turned where no side is cut) and the batch's second moments."""
+        """Return the gradient (turned where no side is cut) and the batch's second moments, None if it is not time."""
         variant, g, a = self._rules.variant, state.get("g_basis"), state.get("a_basis")
+        squares = variant == "ekfac" and now
         batch: Tensor | None = None
         if not is_cut(state):
             turned = None
-            if rows is not None and variant == "ekfac" and isinstance(rows, Rows) and rows.summed_first:
+            if rows is not None and squares and isinstance(rows, Rows) and rows.summed_first:
                 batch = rows.energies(g, a)
-            elif rows is not None and (variant == "ekfac" or (known and _cheaper(rows, gradient))):
+            elif rows is not None and (squares or (known and _cheaper(rows, gradient))):
                 turned = rows.turned(g, a)
-                batch = turned.squares() if variant == "ekfac" else None
+                batch = turned.squares() if squares else None
             if turned is not None and rows is not None and known and self._explains(rows, gradient):
                 gradient = turned.gradient()
             else:
                 gradient = turn(gradient, _t(g), _t(a))
             if variant == "ekfac_ra":
                 batch = gradient.square() * state.get("examples", 1)
-        elif variant == "ekfac" and rows is not None:
-            batch = mean_moments(state, rows.energies(g, a))
+        elif squares and rows is not None:
+            batch = self._along(state, rows)
         elif variant == "ekfac_ra":
             batch = moments_of_gradient(state, gradient).mul_(state.get("examples", 1))
-        if variant == "kfac" and rows is not None and "a_factor" in state and "g_factor" in state:
+        if variant == "kfac" and now and rows is not None and "a_factor" in state and "g_factor" in state:
             batch = product_moments(state)
         return gradient, batch
 
@@ -382,14 +394,39 @@ def _cheaper(rows: Rows | Lookups, gradient: Tensor) -> bool:
     return seen * (m * m + n * n + m * n) < m * n * (m + n)
 
 
-def _with_momentum(layer: Layer, state: State, gradient: Tensor, momentum: float) -> Move:
-    """Return the running mean of gradients, and what it is to be divided by for its start."""
+_WORTH = 1 << 21
+"""Multiply-adds that are worth the calls it takes to leave them out."""
+
+
+def _saves(layer: Layer, calls: Calls) -> bool:
+    """Return whether turning the rows of calls is so much less work than turning their sum that it pays."""
+    if not all(layer.bases):
+        return False
+    m = layer.weight.shape[0]
+    n, seen = layer.weight.numel() // m, sum(gradient.numel() // m for _, _, gradient in calls)
+    return m * n * (m + n) - seen * (m * m + n * n + m * n) > _WORTH
+
+
+def _with_momentum(layer: Layer, state: State, gradient: Tensor | None, momentum: float) -> Move:
+    """Return the running mean of gradients, and what it is to be divided by for its start.
+
+    Args:
+        layer: The layer.
+        state: Its state.
+        gradient: None for the layer's own, in weights' space.
+        momentum: Share of the mean that stays.
+    """
     if not momentum:
-        return Move(layer, state, gradient, 1.0)
+        return Move(layer, state, layer.gradient() if gradient is None else gradient, 1.0)
     weight = float(state.get("momentum_weight", 0.0)) * momentum + (1 - momentum)
     state["momentum_weight"] = weight
     old = state.get("momentum")
-    state["momentum"] = gradient * (1 - momentum) if old is None else old.lerp_(gradient, 1 - momentum)
+    if old is None:
+        state["momentum"] = (layer.gradient() if gradient is None else gradient) * (1 - momentum)
+    elif gradient is None:
+        layer.mix_(old, 1 - momentum)
+    else:
+        old.lerp_(gradient, 1 - momentum)
     return Move(layer, state, state["momentum"], weight)
 
 

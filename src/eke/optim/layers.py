@@ -71,6 +71,16 @@ class Layer(ABC):
         bias = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
         return torch.cat([matrix, _wide(bias).reshape(*matrix.shape[:2], 1)], 2)
 
+    def mix_(self, running: Tensor, share: float) -> None:
+        """Replace a share of a running mean of gradients (groups, m, n [+ 1]) by the gradient."""
+        assert self.weight.grad is not None
+        matrix = self.matrix(_wide(self.weight.grad))
+        running[:, :, : matrix.shape[2]].lerp_(matrix, share)
+        if self.bias is not None:
+            column = running[:, :, -1]
+            bias = self.bias.grad
+            column.lerp_(torch.zeros_like(column) if bias is None else _wide(bias).reshape(column.shape), share)
+
     def change_(self, direction: Tensor, rate: float, *, decay: float) -> None:
         """Shrink the parameters by decay, then subtract rate * direction (groups, m, n [+ 1])."""
         parts = [(self.weight, self.stored(direction if self.bias is None else direction[:, :, :-1]))]

@@ -40,13 +40,10 @@ class Rules:
         """Return whether bases are refreshed: in steps 1, 2, 4, ... at first, when gradients change most."""
         return steps % self.basis_every == 0 or (steps < self.basis_every and steps & (steps - 1) == 0)
 
-
-def is_read(layer: Layer, state: State, rules: Rules) -> bool:
-    """Return whether this step's factors are measured."""
-    steps = int(state.get("steps", 0))
-    every = max(1, rules.basis_every // 10)
-    now = rules.due(steps) or "moments" not in state or steps % every == 0
-    return now and (any(layer.bases) or rules.variant == "kfac")
+    def reads(self, steps: int) -> bool:
+        """Return whether statistics are measured: ten times between refreshes, and in every one of the first steps."""
+        every = max(1, self.basis_every // 10)
+        return steps < 2 * every or steps % every == 0 or self.due(steps)
 
 
 def update_factors(layer: Layer, state: State, rows: Rows | Lookups, rules: Rules) -> bool:
@@ -67,23 +64,36 @@ def update_factors(layer: Layer, state: State, rows: Rows | Lookups, rules: Rule
     state["seen"] = seen + 1
     wanted = [has and size <= rules.largest for has, size in zip(layer.bases, rows.widths[::-1])]
     by_channel = rules.channels and layer.taps > 1 and isinstance(rows, Rows)
-    batches = rows.factors(wanted=(wanted[0] and not by_channel, wanted[1]))
-    found = {"a": batches[0], "g": batches[1]}
-    if by_channel and isinstance(rows, Rows) and wanted[0]:
-        found["a"] = centred(*rows.channels(layer.taps), layer.taps)
     turns: dict[str, Tensor | None] = {"g": None, "a": None}
-    fine = True
-    for key, batch in found.items():
-        factor = state.get(f"{key}_factor")
-        if not math.isfinite(float(batch.sum())):
-            fine = False
-            continue
-        state[f"{key}_factor"] = batch if factor is None else factor.lerp_(batch, 1 - decay)
-        if due and batch.dim() == 3:
+    mixed = isinstance(rows, Rows) and not by_channel and all(wanted) and "a_factor" in state and "g_factor" in state
+    if mixed and isinstance(rows, Rows):
+        fine = {"a": finite(rows.a), "g": finite(rows.g)}
+        if fine["a"]:
+            rows.mix_a_(state["a_factor"], 1 - decay)
+        if fine["g"]:
+            rows.mix_g_(state["g_factor"], 1 - decay)
+    else:
+        batches = rows.factors(wanted=(wanted[0] and not by_channel, wanted[1]))
+        found = {"a": batches[0], "g": batches[1]}
+        if by_channel and isinstance(rows, Rows) and wanted[0]:
+            found["a"] = centred(*rows.channels(layer.taps), layer.taps)
+        fine = {key: math.isfinite(float(batch.sum())) for key, batch in found.items()}
+        for key, batch in found.items():
+            factor = state.get(f"{key}_factor")
+            if fine[key]:
+                state[f"{key}_factor"] = batch if factor is None else factor.lerp_(batch, 1 - decay)
+    for key, good in fine.items():
+        if due and good and state[f"{key}_factor"].dim() == 3:
             turns[key] = _refresh(state, key, rules, layer if by_channel and key == "a" else None)
     if "moments" in state and any(t is not None for t in turns.values()):
         _turn(state, turns)
-    return fine
+    return all(fine.values())
+
+
+def finite(rows: Tensor) -> bool:
+    """Return whether second moments of rows are finite: no entry is above their trace."""
+    flat = rows.flatten()
+    return math.isfinite(float(torch.dot(flat, flat)))
 
 
 def _refresh(state: State, key: str, rules: Rules, by_channel: Layer | None) -> Tensor | None:
@@ -117,6 +127,7 @@ def _turn(state: State, turns: dict[str, Tensor | None]) -> None:
         basis = state.get(f"{key}_basis")
         sides[key] = None if turned is None or basis is None else shares(turned, basis.shape[1])
     state["moments"] = turn(state["moments"], sides["g"], sides["a"])
+    state.pop("total", None)
     if "momentum" in state and not is_cut(state):
         state["momentum"] = turn(state["momentum"], turns["g"], turns["a"])
 
@@ -143,6 +154,7 @@ def update_moments(state: State, batch: Tensor, decay: float) -> bool:
     updates = int(state.get("updates", 0))
     decay = min(decay, updates / (updates + 1))
     state["updates"] = updates + 1
+    state.pop("total", None)
     state["moments"] = batch if "moments" not in state else state["moments"].lerp_(batch, 1 - decay)
     return True
 
@@ -200,8 +212,13 @@ class Move:
         self.entries = self.layer.weight.numel() + (0 if self.layer.bias is None else self.layer.bias.numel())
         self._direction: Tensor | None = None
 
-    def total(self) -> Tensor:
-        """Return the sum of all second moments."""
+    def total(self) -> float:
+        """Return the sum of all second moments, known since they were last measured."""
+        if "total" not in self.state:
+            self.state["total"] = float(self._total())
+        return float(self.state["total"])
+
+    def _total(self) -> Tensor:
         moments: Tensor = self.state["moments"]
         if not self.cut:
             return moments.sum()
