@@ -1,9 +1,9 @@
 """Images that stay on disk: what is read is what is looked at.
 
 `NumpyImage` reads a .npy file or an array through a memory map, `TiffImage` a tiled TIFF, tile by tile. Both give crops
-and views of small size, averaged over blocks while one strip of them is in memory.
-Cost: a crop reads its own pixels (TIFF: the tiles it touches); a small view reads the image once, with memory for one
-strip of blocks.
+and views of small size, averaged over blocks while a strip of them is in memory.
+Cost: a crop reads its own pixels (TIFF: the tiles it touches); a small view reads the image once, with memory for a
+strip of at most a million values, or a line.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..._errors import require
 
-_STRIP = 1 << 24
-"""Values of one strip while a small view is made: 16 million."""
+_STRIP = 1 << 20
+"""Values of a strip while a small view is made: a million."""
 
 
 class ImageSource(Protocol):
@@ -145,19 +145,18 @@ def small_view(image: ImageSource, size: Sequence[int]) -> Tensor:
     space = image.shape[1:]
     if len(size) != len(space) or any(not 1 <= a <= b for a, b in zip(size, space)):
         raise ValueError(f"A view of an image of {space} pixels must be no larger on any axis, got {tuple(size)}.")
-    rows, whole = size[0], space[0]
-    line = max(1, image.shape[0] * int(np.prod(space[1:])))
-    at_once = max(1, int(_STRIP / line * rows / whole))
-    parts = []
-    for start in range(0, rows, at_once):
-        stop = min(rows, start + at_once)
-        for row in range(start, stop) if whole % rows else (None,):
-            # Blocks that share pixels are read one row of blocks at a time.
-            low, high = (start, stop) if row is None else (row, row + 1)
-            first, last = low * whole // rows, -(-high * whole // rows)
-            strip = image.crop((first, *[0] * (len(space) - 1)), (last - first, *space[1:])).to(torch.float32)
-            parts.append(pooled(strip, (high - low, *size[1:])))
-    return torch.cat(parts, 1)
+    across = int(np.prod(space[1:]))
+    step = max(1, _STRIP // (image.shape[0] * across))
+    found = torch.empty(image.shape[0], *size)
+    for row in range(size[0]):
+        first, last = row * space[0] // size[0], -(-(row + 1) * space[0] // size[0])
+        total = torch.zeros(image.shape[0], *space[1:])
+        for start in range(first, last, step):
+            strip = image.crop((start, *[0] * (len(space) - 1)), (min(step, last - start), *space[1:]))
+            total += strip.sum(1, dtype=torch.float32)
+        # Written in place: small results kept between large strips would leave holes that nothing fits into.
+        found[:, row] = pooled(total / (last - first), size[1:])
+    return found
 
 
 def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
