@@ -3,8 +3,8 @@
 Question: images of 1 500 x 1 500 pixels hold five small objects, three of one class, and 50 pieces of noise; the label
 is the class of the three (the construction of the method's paper, on scikit-learn's digits and on Fashion-MNIST). Test
 accuracy of attention sampling with ten patches (corrected and Murthy's estimator, the published derivative), ten
-patches drawn uniformly, iterative patch selection, and multiple-instance learning on all 900 patches; time and memory of
-a training step and of an inference on one image against a network that reads the whole image; memory of one from
+patches drawn uniformly, iterative patch selection, and multiple-instance learning on all 900 patches; time and memory
+of a training step and of an inference on one image against a network that reads it whole; memory of one from
 a memory map as images grow.
 Goals: attention sampling within 2 points of multiple-instance learning, >= 8 times less time and >= 10 times less
 memory than the network on the whole image, memory flat up to 8 000 x 8 000.
