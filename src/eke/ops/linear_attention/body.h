@@ -162,32 +162,49 @@ struct Room {
   }
 };
 
+// V vectors of columns of a state that moves on by one position, and q^T of it.
+struct Moved {
+  const float *q, *k, *v, *from;
+  float* to;
+  i64 features, values;
+  float by, *out;
+};
+
+template <int V> inline void move(const Moved& p, i64 m, i64 left) {
+  vec add[V], sum[V] = {};
+  for (int e = 0; e < V; e++) add[e] = load(p.v + m + e * W, left);
+  for (i64 d = 0; d < p.features; d++)
+#pragma GCC unroll 4
+    for (int e = 0; e < V; e++) {
+      const i64 at = d * p.values + m + e * W;
+      const vec s = load(p.from + at, left) + p.k[d] * add[e];
+      store(p.to + at, s, left);
+      sum[e] += p.q[d] * s;
+    }
+  for (int e = 0; e < V; e++) store(p.out + m + e * W, sum[e] * p.by, left);
+}
+
 // Few positions, as in generation: the state is read and written once for each, where it lies.
 void steps(const Call& c, i64 b, i64 h, const Room& w) {
   const i64 at = b * c.heads + h, D = c.features, M = c.values;
   const float *from = c.memory + at * D * M, *sums = c.keys + at * D;
-  float *to = c.last_memory + at * D * M, *keys = c.last_keys + at * D, *out = w.out;
+  float *to = c.last_memory + at * D * M, *keys = c.last_keys + at * D;
   for (i64 t = 0; t < c.length; t++) {
     copy_row(c.q.at + b * c.q.batch + h * c.q.head + t * c.q.time, D, w.q, w.d, c.map);
     copy_row(c.k.at + b * c.k.batch + h * c.k.head + t * c.k.time, D, w.k, w.d, c.map);
-    const float* v = c.v.at + b * c.v.batch + h * c.v.head + t * c.v.time;
     float bottom = 0.0f;
-    for (i64 e = 0; e < M; e++) out[e] = 0.0f;
     for (i64 d = 0; d < D; d++) {
-      const float k = w.k[d], q = w.q[d], *row = from + d * M;
-      float* next = to + d * M;
-      keys[d] = sums[d] + k;
-      bottom += q * keys[d];
-      for (i64 e = 0; e < M; e++) {
-        const float s = row[e] + k * v[e];
-        next[e] = s;
-        out[e] += q * s;
-      }
+      keys[d] = sums[d] + w.k[d];
+      bottom += w.q[d] * keys[d];
     }
     c.bottom[at * c.length + t] = bottom;
     const float by = c.normalize ? 1.0f / (bottom + EPSILON) : 1.0f;
-    float* final = c.out + ((b * c.length + t) * c.heads + h) * M;
-    for (i64 e = 0; e < M; e++) final[e] = out[e] * by;
+    const Moved p = {w.q, w.k, c.v.at + b * c.v.batch + h * c.v.head + t * c.v.time, from, to, D, M, by,
+                     c.out + ((b * c.length + t) * c.heads + h) * M};
+    i64 m = 0;
+    for (; m + 4 * W <= M; m += 4 * W) move<4>(p, m, W);
+    for (; m + W <= M; m += W) move<1>(p, m, W);
+    if (m < M) move<1>(p, m, M - m);
     from = to;
     sums = keys;
   }
