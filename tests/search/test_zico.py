@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from eke import search
 from eke.search.spaces import NB201
 from eke.search.subject import cross_entropy
-from eke.search.zico import Spread
+from eke.search.variation import Spread
 
 SMALL = dataclasses.replace(NB201, resolution=8, channels=4, cells=1)
 

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._types import Batch, Loss
 from .subject import cross_entropy, gradients, loss_of, weights
-from .zico import LayerStatistic, Spread, statistics
+from .variation import LayerStatistic, Spread, statistics
 
 
 @dataclass

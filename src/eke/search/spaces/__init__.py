@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from .choices import Choices, TimmResNet, TimmViT
+from .mobile import MobileNet
 from .nb201 import NB201, NasBench201
 from .space import Choose, Space
 
-__all__ = ["NB201", "Choose", "NasBench201", "Space"]
+SPACES: dict[str, type[Space]] = {
+    "nb201": NasBench201,
+    "mobile": MobileNet,
+    "resnet": TimmResNet,
+    "vit": TimmViT,
+}
+"""Spaces that have a name."""
+
+__all__ = ["NB201", "SPACES", "Choices", "Choose", "MobileNet", "NasBench201", "Space", "TimmResNet", "TimmViT"]
