@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from eke.ops import clustered_attention
-from eke.ops.clustered_attention import Asked, Hamming, KMeans, Spherical, gathered, lloyd, reference
-from eke.ops.clustered_attention.clusterers import logit_metric
+from eke.ops.clustered_attention import Asked, Hamming, KMeans, Spherical, gathered, grouping, lloyd, native, reference
 
 B, L, H, D, M, S = 2, 45, 3, 5, 4, 53
 CLUSTERERS = [KMeans(), KMeans(3, "plain"), Spherical(), Hamming(), Hamming(17, 4, thresholds=False)]
@@ -259,12 +258,12 @@ def test_the_metric_of_the_keys_is_the_variance_of_logits():
     q, k, _ = sample()
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) < 0.7
-    points = q @ logit_metric(k, mask)
+    metric = grouping.covariance(k, mask)
     for row in range(B):
         logits = q[row, 0] @ k[row, 0][mask[row]].T
         expected = (logits[0] - logits[7]).var(correction=0)
-        found = (points[row, 0, 0] - points[row, 0, 7]).square().sum()
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+        difference = q[row, 0, 0] - q[row, 0, 7]
+        torch.testing.assert_close(difference @ metric[row, 0] @ difference, expected, rtol=1e-12, atol=0)
 
 
 def test_the_metric_of_the_keys_lowers_the_error_where_keys_have_few_directions():
@@ -327,6 +326,105 @@ def test_causal_error_falls_with_clusters_and_keys():
         for c, t in ((2, 0), (16, 0), (16, 32))
     ]
     assert error[2] < error[1] < error[0]
+
+
+# The native kernel
+
+LEVELS = [0, 1, 2]
+
+
+def needs(level):
+    if native.level() < level:
+        pytest.skip("needs the compiled kernel and its instructions")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("length", "keys", "dim", "values", "clusters", "topk"),
+    [
+        (1, 1, 1, 1, 1, 1),
+        (45, 53, 5, 4, 6, 7),
+        (200, 130, 64, 64, 60, 32),
+        (130, 700, 17, 33, 49, 300),
+        (70, 64, 16, 8, 9, 0),
+    ],
+)
+def test_the_kernel_is_the_reference(level, length, keys, dim, values, clusters, topk):
+    needs(level)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, n, 3, dim, generator=generator).transpose(1, 2) for n in (length, keys))
+    v = torch.randn(2, keys, 3, values, generator=generator).transpose(1, 2)
+    groups = torch.randint(-1, clusters, (2, 3, length), generator=generator)
+    groups[0, 0] = clusters - 1  # one full cluster, the others empty
+    mask = torch.rand(2, keys, generator=generator) < 0.5
+    for given in (None, mask):
+        centres = reference.means(q, groups, clusters)
+        tops = [topk, min(1, topk), topk // 2]
+        options = {"topk": tops, "mask": given, "scale": 1.7 * dim**-0.5}
+        out, lse = native.attend((q, k, v, centres), groups, instructions=level, **options)
+        wide = [x.double() for x in (q, k, v, centres)]
+        expected, sums = gathered.attend((wide[0], wide[1], wide[2], wide[3]), groups, **options)
+        torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(lse.double(), sums, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(native.means(q, groups, clusters, instructions=level), centres, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        native.metric(k, mask, instructions=level), lloyd.covariance(k, mask), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("length", "dim", "clusters"), [(1, 1, 1), (47, 5, 7), (300, 16, 70), (130, 33, 130)])
+def test_the_kernel_finds_the_groups_of_the_reference(level, length, dim, clusters):
+    needs(level)
+    generator = torch.Generator().manual_seed(0)
+    # Small integers and one assignment: sums are exact and ties are true ties.
+    x = torch.randint(-3, 4, (2, length, 3, dim), generator=generator).float().transpose(1, 2)
+    real = torch.rand(2, length, generator=generator) < 0.8
+    counts = [clusters, max(1, clusters // 2), 1]
+    start = x[:, :, torch.randint(0, length, (clusters,), generator=generator)]
+    metric = torch.randint(-2, 3, (2, 3, dim, dim), generator=generator).float()
+    metric = metric @ metric.mT
+    for given in (None, metric):
+        options = {"clusters": counts, "sphere": False, "metric": given}
+        found = native.lloyd(x, start, real, iterations=1, instructions=level, **options)
+        assert torch.equal(found, lloyd.assign(x, start, real, iterations=1, **options))
+    for sphere in (False, True):
+        points = torch.nn.functional.normalize(x + 0.1, dim=-1) if sphere else x
+        options = {"clusters": counts, "sphere": sphere, "metric": None, "iterations": 5}
+        found = native.lloyd(points, start, real, instructions=level, **options)
+        wide = lloyd.assign(points.double(), start.double(), real, **options)
+        assert float((found == wide).float().mean()) > 0.97  # rounding decides where two are as near
+    planes = torch.randint(-3, 4, (63, dim), generator=generator).float(), torch.arange(63.0) % 5 - 2
+    hashed = lloyd.pack(x @ planes[0].T > planes[1])
+    places = torch.randint(0, length, (2, 3, clusters), generator=generator)
+    options = {"clusters": counts, "iterations": 4}
+    expected = lloyd.assign_hashes(hashed, hashed.gather(2, places), real, bits=63, **options)
+    assert torch.equal(native.hashed(x, planes, places, real, instructions=level, **options), expected)
+    given = hashed.gather(2, places).view(torch.uint64)
+    assert torch.equal(native.hashed(x, planes, given, real, instructions=level, **options), expected)
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    q, k, v = sample(dtype=torch.float32)
+    q[0, 3] = torch.nan
+    groups = random_groups(6)
+    out = clustered_attention(q, k, v, clusters=6, topk=7, groups=groups)
+    bad = (groups[0] == groups[0, 3:4]).unsqueeze(-1).expand_as(out[0])
+    assert torch.equal(out[0].isnan(), bad)
+    assert bool(out[1].isfinite().all())
+    assert clustered_attention(q, k, v, clusters=6, topk=7)[0, 3].isnan().all()
+
+
+def test_the_kernel_reads_within_its_tensors_alone():
+    q, k, v = (x.transpose(1, 2) for x in sample(dtype=torch.float32))
+    centres, groups = torch.zeros(B, H, 6, D), torch.zeros(B, H, L, dtype=torch.int64)
+    if not native.available():
+        pytest.skip("needs the compiled kernel")
+    options = {"topk": [1] * H, "mask": None, "scale": 1.0}
+    with pytest.raises(ValueError, match="takes tensors of one attention"):
+        native.attend((q, k[:, :2], v, centres), groups, **options)
+    with pytest.raises(ValueError, match="groups must lie in -1 to 5, got 6 to 6"):
+        native.attend((q, k, v, centres), groups + 6, **options)
 
 
 # Torch

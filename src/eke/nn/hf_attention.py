@@ -51,11 +51,9 @@ def register_hf_attention(
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        **_: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
+        dropout, is_causal = options.get("dropout", 0.0), options.get("is_causal")
         if dropout and module.training:
             raise ValueError(
                 f"Clustered attention has no dropout of weights, got {dropout}: set the model's attention dropout "
@@ -65,7 +63,7 @@ def register_hf_attention(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if k.shape[2] != q.shape[2]:
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-        return _attend(own.get(module, clustering), (q, k, v), attention_mask, causal, scaling), None
+        return _attend(own.get(module, clustering), (q, k, v), attention_mask, causal, options.get("scaling")), None
 
     transformers.AttentionInterface.register(name, attention)
     masking.AttentionMaskInterface.register(name, _padding)
@@ -106,25 +104,18 @@ def _attend(
     return clustering(q, k, v, mask=mask, query_mask=mask if same else None, causal=causal, scale=scale)
 
 
-def _padding(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    **_: Any,
-) -> Tensor | None:
+def _padding(*, q_length: int | Tensor, kv_length: int, **asked: Any) -> Tensor | None:
     """Return which keys are real, (batch, keys), or None for all.
 
     Raises:
         ValueError: if pairs of positions are masked in another way than causally.
     """
-    q_length = len(q_length) if isinstance(q_length, Tensor) else q_length
-    if mask_function is not None and q_length:
-        queries = torch.tensor(sorted({0, q_length // 2, q_length - 1})) + q_offset
-        keys = torch.arange(kv_length) + kv_offset
+    length = len(q_length) if isinstance(q_length, Tensor) else q_length
+    mask_function: Callable[..., Tensor] | None = asked.get("mask_function")
+    attention_mask: Tensor | None = asked.get("attention_mask")
+    if mask_function is not None and length:
+        queries = torch.tensor(sorted({0, length // 2, length - 1})) + asked.get("q_offset", 0)
+        keys = torch.arange(kv_length) + asked.get("kv_offset", 0)
         seen = torch.stack([
             torch.as_tensor(mask_function(torch.tensor(0), torch.tensor(0), query, keys)).expand(kv_length)
             for query in queries

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import gathered, operators
+from . import grouping, operators
 from .causal import attend_causally
 from .clusterers import Asked, Clusterer, Hamming, KMeans, Spherical
 
@@ -90,7 +90,7 @@ def clustered_attention(
         found = _given(groups, q, counts)
         if query_mask is not None:
             found = found.masked_fill(~query_mask[:, None, :], -1)
-    centres = gathered.means(parts[0], found, max(counts))
+    centres = grouping.means(parts[0], found, max(counts))
     out, _ = operators.attend((*parts, centres), found, topk=tops, mask=mask, scale=scale)
     return out.transpose(1, 2).to(v.dtype)
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import gathered, lloyd, operators
+from . import grouping, operators
 from .clusterers import Asked, Clusterer
 
 
@@ -23,10 +23,10 @@ def attend_causally(
     clusters: list[int],
     topk: list[int],
     clusterer: Clusterer,
-    generator: torch.Generator | None,
     scale: float,
-    block: int | None,
-    start: Tensor | None,
+    generator: torch.Generator | None = None,
+    block: int | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Attend to the past.
 
@@ -35,8 +35,8 @@ def attend_causally(
         clusters: For each head.
         topk: For each head.
         clusterer: Groups the queries of earlier blocks.
-        generator: Of its draws.
         scale: Of the logits.
+        generator: Of the clusterer's draws.
         block: Positions of a block, or None.
         start: Centres to start from, or None.
 
@@ -54,8 +54,10 @@ def attend_causally(
             before = slice(0, begin)
             past = q[:, :, begin - size : begin].detach()
             groups = clusterer(Asked(past, k[:, :, before].detach(), clusters, generator=generator, start=start))
-            start = gathered.means(past, groups, most)
-            nearest = lloyd.assign(q[:, :, now].detach(), start, None, clusters=clusters, iterations=1, sphere=False)
+            start = grouping.means(past, groups, most)
+            nearest = grouping.points(
+                q[:, :, now].detach(), start, None, metric=None, clusters=clusters, iterations=1, sphere=False
+            )
             far, far_sum = operators.attend(
                 (q[:, :, now], k[:, :, before], v[:, :, before], start), nearest, topk=topk, mask=None, scale=scale
             )

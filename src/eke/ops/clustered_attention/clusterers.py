@@ -1,7 +1,7 @@
 """Groups of queries that may share their attention: k-means in the metric of the keys, on the sphere, on hashes.
 
-    KMeans()                  Lloyd's steps on q L with L L^T = the covariance of the keys: the squared distance of two
-                              queries is then the variance of their logits' difference, which is all that a softmax sees
+    KMeans()                  Lloyd's steps with squared distances x^T A x, A the covariance of the keys: the variance
+                              over the keys of the difference of two queries' logits, all that a softmax sees
     KMeans(metric="plain")    on the queries as they are
     Spherical()               by the cosine
     Hamming()                 on the signs of random projections, with bitwise majorities (the paper's)
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from . import lloyd
+from . import grouping
 
 _SEED = 0
 
@@ -76,11 +76,8 @@ class KMeans:
     @torch.no_grad()
     def __call__(self, asked: Asked) -> Tensor:
         """Return the cluster of each query, (batch, heads, length)."""
-        points, start = asked.q, asked.start
-        if self.metric == "keys":
-            root = logit_metric(asked.k, asked.mask)
-            points, start = points @ root, None if start is None else start.to(points.dtype) @ root
-        return _lloyd(asked, points, start, self.iterations, sphere=False)
+        metric = grouping.covariance(asked.k, asked.mask) if self.metric == "keys" else None
+        return _lloyd(asked, asked.q, asked.start, self.iterations, metric=metric, sphere=False)
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Spherical:
         """Return the cluster of each query, (batch, heads, length)."""
         points, start = (None if x is None else normalize(x, dim=-1) for x in (asked.q, asked.start))
         assert points is not None
-        return _lloyd(asked, points, start, self.iterations, sphere=True)
+        return _lloyd(asked, points, start, self.iterations, metric=None, sphere=True)
 
 
 @dataclass(frozen=True)
@@ -146,63 +143,39 @@ class Hamming:
     @torch.no_grad()
     def __call__(self, asked: Asked) -> Tensor:
         """Return the cluster of each query, (batch, heads, length)."""
-        q, start = asked.q, asked.start
-        w, t = (x.to(q) for x in self.planes(q.shape[-1], asked.generator))
-        hashes = lloyd.pack(q @ w.T > t)
-        if start is None:
-            centres = _spread(hashes.unsqueeze(-1), asked).squeeze(-1)
-        else:
-            centres = lloyd.pack(start.to(w) @ w.T > t).expand(q.shape[0], -1, -1)
-        return lloyd.assign_hashes(
-            hashes, centres, asked.query_mask, clusters=asked.clusters, iterations=self.iterations, bits=self.bits
-        )
+        w, t = (x.to(asked.q) for x in self.planes(asked.q.shape[-1], asked.generator))
+        start = None if asked.start is None else asked.start.expand(asked.q.shape[0], -1, -1, -1)
+        return grouping.hashes(
+            asked.q, (w, t), _places(asked), start=start, real=asked.query_mask, clusters=asked.clusters,
+            iterations=self.iterations,
+        )  # fmt: skip
 
 
-def logit_metric(k: Tensor, mask: Tensor | None) -> Tensor:
-    """Return L with L L^T = the covariance of the keys, (batch, heads, D, D).
-
-    Args:
-        k: (batch, heads, keys, D).
-        mask: Which keys are real, (batch, keys), or None.
-    """
-    if mask is None:
-        count: Tensor | int = k.shape[-2]
-        centred = k - k.mean(-2, keepdim=True)
-    else:
-        real = mask[:, None, :, None].to(k.dtype)
-        count = real.sum(-2, keepdim=True).clamp_min(1)
-        centred = (k - (k * real).sum(-2, keepdim=True) / count) * real
-    covariance = centred.mT @ centred / count
-    spread = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    # Directions in which keys do not vary at all leave the softmax as it is; the root needs them a little above zero.
-    lift = (1e-5 * spread + torch.finfo(k.dtype).tiny ** 0.5)[..., None, None]
-    root: Tensor = torch.linalg.cholesky(covariance + lift * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
-    return root
-
-
-def _lloyd(asked: Asked, points: Tensor, start: Tensor | None, iterations: int, *, sphere: bool) -> Tensor:
+def _lloyd(
+    asked: Asked, points: Tensor, start: Tensor | None, iterations: int, *, metric: Tensor | None, sphere: bool
+) -> Tensor:
     if start is None:
-        start = _spread(points, asked)
+        start = points.gather(2, _places(asked).unsqueeze(-1).expand(-1, -1, -1, points.shape[-1]))
     centres = start.to(points.dtype).expand(points.shape[0], -1, -1, -1)
-    return lloyd.assign(
-        points, centres, asked.query_mask, clusters=asked.clusters, iterations=iterations, sphere=sphere
+    return grouping.points(
+        points, centres, asked.query_mask, metric=metric, clusters=asked.clusters, iterations=iterations, sphere=sphere
     )
 
 
-def _spread(points: Tensor, asked: Asked) -> Tensor:
-    """Return points at even distances among the real ones, each head with its own number; the rest repeats them."""
-    batch, heads, length, size = points.shape
+def _places(asked: Asked) -> Tensor:
+    """Return positions at even distances among the real ones, each head with its own number; the rest repeats them."""
+    batch, heads, length, _ = asked.q.shape
     generator, real = asked.generator, asked.query_mask
     shift = 0.5 if generator is None else float(torch.rand((), generator=generator, device=generator.device))
     lengths = torch.full((batch,), length) if real is None else real.sum(1).cpu()
     places = torch.arange(max(asked.clusters), dtype=torch.float64).expand(batch, heads, -1) + shift
     wanted = torch.tensor(asked.clusters, dtype=torch.float64).view(1, heads, 1)
     rank = (places * (lengths.view(-1, 1, 1) / wanted)).long()
-    rank = rank.minimum((lengths - 1).clamp_min(0).view(-1, 1, 1)).to(points.device)
-    if real is not None:
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-        rank = order[:, None, :].expand(-1, heads, -1).gather(2, rank)
-    return points.gather(2, rank.unsqueeze(-1).expand(-1, -1, -1, size))
+    rank = rank.minimum((lengths - 1).clamp_min(0).view(-1, 1, 1)).to(asked.q.device)
+    if real is None:
+        return rank
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    return order[:, None, :].expand(-1, heads, -1).gather(2, rank)
 
 
 def _check_iterations(iterations: int) -> None:

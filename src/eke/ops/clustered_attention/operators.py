@@ -52,29 +52,27 @@ def attend(
     return out, lse
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, centres: Tensor, groups: Tensor, mask: Tensor | None, topk: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, centres: Tensor, groups: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    mask, topk, scale = options
     if native.serves(q):
         return native.attend((q, k, v, centres), groups, topk=topk, mask=mask, scale=scale)
-    return gathered.attend((q, k, v, centres), groups, topk=topk, mask=mask, scale=scale)
+    out, lse = gathered.attend((q, k, v, centres), groups, topk=topk, mask=mask, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def _differentiate(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, centres: Tensor, groups: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask, topk, scale = options
+def _differentiate(grad: Tensor, grad_lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, centres, groups, mask, topk, scale = arguments
     found = gathered.differentiate((q, k, v, centres), groups, (grad, grad_lse), topk=topk, mask=mask, scale=scale)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous(), found[3].contiguous()
 
 
 def _fake_attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+    batch, heads, length = q.shape[:3]
+    return q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2), q.new_empty(q.shape[:3])
 
 
-def _fake_differentiate(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, centres: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_differentiate(grad: Tensor, grad_lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, centres = arguments[:4]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), centres.new_empty(centres.shape)
 
 
@@ -113,12 +111,10 @@ def multiply_adds(q: Any, k: Any, v: Any, centres: Any, topk: Any) -> int:
 
 
 @flop_counter.register_flop_formula(torch.ops.eke.clustered_attention)
-def _attend_flops(
-    q: Any, k: Any, v: Any, centres: Any, groups: Any, mask: Any, topk: Any, *_: Any, **unused: Any
-) -> int:
-    return 2 * multiply_adds(q, k, v, centres, topk)
+def _attend_flops(q: Any, k: Any, v: Any, centres: Any, *rest: Any, **unused: Any) -> int:
+    return 2 * multiply_adds(q, k, v, centres, rest[2])
 
 
 @flop_counter.register_flop_formula(torch.ops.eke.clustered_attention_backward)
-def _differentiate_flops(grad: Any, lse: Any, q: Any, k: Any, v: Any, centres: Any, *rest: Any, **unused: Any) -> int:
-    return 6 * multiply_adds(q, k, v, centres, rest[2])
+def _differentiate_flops(grad: Any, grad_lse: Any, *rest: Any, **unused: Any) -> int:
+    return 6 * multiply_adds(rest[0], rest[1], rest[2], rest[3], rest[6])
