@@ -132,6 +132,24 @@ def test_own_proxies_stand_beside_the_named_ones():
     assert table["two.b"].mean == 2.0
 
 
+def test_one_score_of_several_can_be_asked_for():
+    whole = search.score(SMALL.decode("dcbdec"), images(), proxies=("az_nas", "params")).means
+    some = search.score(SMALL.decode("dcbdec"), images(), proxies=("az_nas.trainability", "az_nas.expressivity")).means
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SMALL.decode("dcbdec")
+    again = search.score(model, images(), proxies=("az_nas.trainability", "az_nas")).means
+    assert list(some) == ["az_nas.trainability", "az_nas.expressivity"]
+    assert (
+        list(whole)[:3]
+        == list(again)
+        == [f"az_nas.{part}" for part in ("expressivity", "progressivity", "trainability")]
+    )
+    with pytest.raises(ValueError, match=r"no proxy 'az_nas.train'\. Did you mean 'az_nas.trainability'"):
+        search.score(model, images(), proxies=("az_nas.train",))
+    assert set(search.FUSION) <= {*search.PROXIES, *whole}
+
+
 def test_wrong_requests_are_named():
     model = SMALL.decode("dcbdec")
     with pytest.raises(ValueError, match=r"no proxy 'zicco'\. Did you mean 'zico'"):

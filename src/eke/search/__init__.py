@@ -13,10 +13,11 @@ from .shared import share
 from .size import log_numel
 from .subject import cross_entropy
 from .sweep import Subject
-from .tables import MATURITY, PROXIES, Score, ScoreTable, score
+from .tables import FUSION, MATURITY, PROXIES, Score, ScoreTable, score
 from .variation import LayerStatistic, zico, zico_layers
 
 __all__ = [
+    "FUSION",
     "MATURITY",
     "PROXIES",
     "Correlation",

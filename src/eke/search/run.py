@@ -21,7 +21,7 @@ from .limits import Limits
 from .proposals import Evolution, Method, Objective, RandomSearch, RegularizedEvolution, Search
 from .spaces.space import Space
 from .subject import cross_entropy, listed
-from .tables import Proxy, built, score
+from .tables import FUSION, Proxy, built, score
 
 METHODS: dict[str, type[Evolution | RegularizedEvolution | RandomSearch]] = {
     "evolution": Evolution,
@@ -48,7 +48,7 @@ class Scorer:
 
     space: Space
     batches: Sequence[Batch]
-    proxies: Sequence[str | Proxy] = ("zico", "naswot", "log_numel")
+    proxies: Sequence[str | Proxy] = FUSION
     seed: int = 0
     loss: Loss = cross_entropy
 
@@ -65,7 +65,7 @@ class Scorer:
         return values
 
     @classmethod
-    def of(cls, space: Space, batches: Iterable[Batch], *, proxies: Sequence[str | Proxy]) -> Scorer:
+    def of(cls, space: Space, batches: Iterable[Batch], *, proxies: Sequence[str | Proxy] = FUSION) -> Scorer:
         """Return the scorer for batches of any kind, read once.
 
         Args:

@@ -72,12 +72,18 @@ PROXIES: dict[str, Proxy] = {
 }
 """Proxies by name."""
 
+PARTS = {"az_nas": ("expressivity", "progressivity", "trainability")}
+"""Proxies of several scores; each can be asked for alone, as "az_nas.trainability"."""
+
 MATURITY = {
     name: "reconstructed" if name in ("zico_bc", "az_nas") else "exact" for name in PROXIES
 }  # fmt: skip
 """How near each proxy is to its source: "exact", or "reconstructed" where the source was not at hand in full."""
 
 DEFAULT = ("zico", "log_numel", "naswot", "params")
+
+FUSION = ("meco", "swap", "az_nas.expressivity", "az_nas.trainability", "logsynflow")
+"""What a search fuses unless it is told otherwise: the rule that half of the networks of the benchmark chose."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def score(
         model: A module, scored with the weights it has; or a function that builds one, called for each seed.
         batches: (inputs, labels), or mappings with "labels"; the first one's shape stands for the inputs where a proxy
             makes its own. Not needed for "params" and "log_numel".
-        proxies: Names from `PROXIES`, or functions of a `Subject`.
+        proxies: Names from `PROXIES`, or functions of a `Subject`; "az_nas.trainability" is one score of several.
         seeds: Number of initialisations.
         loss: `loss(model, batch)`, the mean loss.
         confidence: Of the intervals.
@@ -188,7 +194,7 @@ def score(
         TypeError: if the function returns no module.
         FloatingPointError: if a loss or a gradient is not finite.
     """  # noqa: DOC502
-    chosen = dict(_named(proxy) for proxy in proxies)
+    chosen = _named(proxies)
     if not chosen or seeds < 1 or not 0 < confidence < 1:
         raise ValueError(
             f"score needs at least one proxy, seeds >= 1 and 0 < confidence < 1, got proxies={tuple(chosen)}, "
@@ -207,14 +213,14 @@ def score(
     for seed in range(seeds):
         with apart(model if isinstance(model, nn.Module) else built(model, seed)) as copy:
             subject = Subject(copy, data, loss, torch.Generator().manual_seed(seed))
-            for name, proxy in chosen.items():
+            for name, (proxy, parts) in chosen.items():
                 begun = time.thread_time()
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    found = proxy(subject)
+                    found = _flat(name, proxy(subject))
                 spent = time.thread_time() - begun
-                for key, value in _flat(name, found).items():
-                    values.setdefault(key, []).append(value)
+                for key in parts or found:
+                    values.setdefault(key, []).append(found[key])
                     seconds[key] = seconds.get(key, 0.0) + spent / seeds
     rows = tuple(_row(name, tuple(found), confidence, seconds[name]) for name, found in values.items())
     return ScoreTable(rows, confidence)
@@ -243,12 +249,36 @@ def built(factory: Factory, seed: int) -> nn.Module:
     return model
 
 
-def _named(proxy: str | Proxy) -> tuple[str, Proxy]:
-    if not isinstance(proxy, str):
-        return getattr(proxy, "__name__", repr(proxy)), proxy
-    if proxy not in PROXIES:
-        raise ValueError(f"There is no proxy {proxy!r}.{suggest(proxy, PROXIES)}")
-    return proxy, PROXIES[proxy]
+def _named(proxies: Sequence[str | Proxy]) -> dict[str, tuple[Proxy, list[str]]]:
+    """Return proxies by name, each with the parts that are wanted, or none for all.
+
+    Args:
+        proxies: As given.
+
+    Returns:
+        By name: the function and the parts.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    chosen: dict[str, tuple[Proxy, list[str]]] = {}
+    for proxy in proxies:
+        name = proxy if isinstance(proxy, str) else getattr(proxy, "__name__", repr(proxy))
+        whole, _, part = name.partition(".")
+        if not isinstance(proxy, str):
+            chosen[name] = proxy, []
+        elif name in PROXIES:
+            chosen[name] = PROXIES[name], []
+        elif part and part in PARTS.get(whole, ()):
+            known = chosen.get(whole, (PROXIES[whole], []))[1]
+            chosen[whole] = PROXIES[whole], [*known, name]
+        else:
+            raise ValueError(f"There is no proxy {name!r}.{suggest(name, [*PROXIES, *_dotted()])}")
+    return chosen
+
+
+def _dotted() -> list[str]:
+    return [f"{name}.{part}" for name, parts in PARTS.items() for part in parts]
 
 
 def _flat(name: str, found: float | Mapping[str, float]) -> dict[str, float]:
