@@ -47,8 +47,9 @@ def makers(batch: int) -> dict[str, Callable[[nn.Module], Any]]:
     """Optimizers that are timed at a batch size."""
     found: dict[str, Callable[[nn.Module], Any]] = {"Adam": lambda net: torch.optim.Adam(net.parameters(), 1e-3)}
     for variant in ("ekfac", "ekfac_ra", "kfac") if batch == 128 else ("ekfac_ra",):
-        for rank in (None, 128, 64) if batch == 128 else (None, 64):
-            label = f"{variant}, all directions" if rank is None else f"{variant}, {rank} directions"
+        ranks: tuple[Any, ...] = (None, 128, "auto") if batch == 128 else (None, "auto")
+        for rank in ranks:
+            label = f"{variant}, {'all' if rank is None else 64 if rank == 'auto' else rank} directions"
             found[label] = lambda net, variant=variant, rank=rank: EKFAC(net, variant=variant, rank=rank)
     try:
         from pytorch_optimizer import SOAP

@@ -58,7 +58,6 @@ class Workload:
     held: tuple[Tensor, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
-    tokens: bool = False
 
     def value(self, net: nn.Module) -> float:
         """Loss on the held examples."""
@@ -144,7 +143,6 @@ def workloads(folder: Path) -> dict[str, Workload]:
         "characters": Workload(
             lambda: Characters(len(kinds)), draw(windows[:, :-1], windows[:, 1:], 16),
             (windows[fixed, :-1], windows[fixed, 1:]), lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), 200,
-            tokens=True,
         ),
     }  # fmt: skip
 
@@ -260,18 +258,16 @@ def grid(make: Callable[..., Any], first: tuple[float, ...], second: tuple[float
     return found
 
 
-def ekfac(tokens: bool, variant: Any) -> Callable[..., Any]:
-    """EKFAC or K-FAC; 64 directions a side."""
+def ekfac(variant: Any) -> Callable[..., Any]:
+    """EKFAC or K-FAC, the rest as it is by default (64 directions a side, tokens by the loss)."""
 
     def make(net: nn.Module, lr: float, damping: float) -> EKFAC:
-        return EKFAC(
-            net, lr=lr, damping=damping, variant=variant, rank=64, sharing="expand" if tokens else "sum",
-        )  # fmt: skip
+        return EKFAC(net, lr=lr, damping=damping, variant=variant)
 
     return make
 
 
-def trials(tokens: bool) -> dict[str, list[tuple[Any, Any, Any]]]:
+def trials() -> dict[str, list[tuple[Any, Any, Any]]]:
     """The settings of every optimizer."""
     adamw = lambda net, lr, beta: torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, beta), weight_decay=0.0)  # noqa: E731
     sgd = lambda net, lr, beta: torch.optim.SGD(net.parameters(), lr=lr, momentum=beta)  # noqa: E731
@@ -279,14 +275,14 @@ def trials(tokens: bool) -> dict[str, list[tuple[Any, Any, Any]]]:
     rates = (1e-3, 2e-3, 4e-3, 8e-3)
     return {
         "AdamW": grid(adamw, rates, (0.999, 0.95)),
-        "EKFAC": grid(ekfac(tokens, "ekfac"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
-        "EKFAC-ra": grid(ekfac(tokens, "ekfac_ra"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
+        "EKFAC": grid(ekfac("ekfac"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
+        "EKFAC-ra": grid(ekfac("ekfac_ra"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
         "Muon": grid(muon, (2e-3, 5e-3, 1e-2, 2e-2), (1e-3, 4e-3)),
         "ScheduleFree": grid(schedule_free, (2e-3, 5e-3, 1e-2, 2e-2), (0.9, 0.95)),
         "SOAP": grid(soap, (1e-3, 3e-3, 6e-3, 1.2e-2), (10, 50)),
         "Shampoo, corrected": grid(shampoo, rates, (0.95, 0.99)),
         "SGD": grid(sgd, (1e-4, 1e-3, 1e-2, 1e-1), (0.9, 0.99)),
-        "K-FAC": grid(ekfac(tokens, "kfac"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
+        "K-FAC": grid(ekfac("kfac"), (0.05, 0.1, 0.2, 0.3), (0.3, 1.0)),
     }  # fmt: skip
 
 
@@ -338,7 +334,7 @@ def run(
 def gate(work: dict[str, Workload]) -> None:
     """Every optimizer's first setting lowers the loss of one batch within 30 steps."""
     one = work["cnn"]
-    for name, settings in trials(False).items():
+    for name, settings in trials().items():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.Tanh(), nn.Linear(30, 10), nn.LayerNorm(10))
         x, y = one.batch(torch.Generator().manual_seed(0))
@@ -386,7 +382,7 @@ def race(name: str, work: Workload, kept: dict[str, Any], save: Callable[[], Non
             save()
         return runs[key]
 
-    settings = trials(work.tokens)
+    settings = trials()
     tuned = [
         done(f"AdamW, trial {i}", s, seed=TUNING, target=None, longest=math.inf)
         for i, s in enumerate(settings["AdamW"])
@@ -435,7 +431,7 @@ def race(name: str, work: Workload, kept: dict[str, Any], save: Callable[[], Non
 def costs(work: Workload, settings: dict[str, list[int]], rounds: int) -> dict[str, float]:
     """Milliseconds a step of every optimizer with its chosen setting: medians of 50 steps each, in turns."""
     running = {}
-    options = trials(work.tokens)
+    options = trials()
     for name, chosen in settings.items():
         torch.manual_seed(0)
         net = work.make().train()
@@ -477,7 +473,7 @@ def main() -> None:
         sys.path.append(str(arguments.rivals))
     work = workloads(arguments.images)
     if arguments.smoke:
-        work = {key: Workload(w.make, w.batch, w.held, w.loss, 20, w.tokens) for key, w in work.items()}
+        work = {key: Workload(w.make, w.batch, w.held, w.loss, 20) for key, w in work.items()}
     gate(work)
     kept: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():

@@ -230,7 +230,7 @@ def test_the_trace_survives_a_turn_of_cut_bases():
 
 
 def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="rank must be at least 1, or None for all directions, got 0"):
+    with pytest.raises(ValueError, match='rank must be at least 1, None for all directions, or "auto", got 0'):
         EKFAC(nn.Linear(2, 2), rank=0)
 
 

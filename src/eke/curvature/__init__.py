@@ -6,7 +6,7 @@ from .basis import Basis, solved
 from .capture import Calls, Capture
 from .curvature import Curvature
 from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
-from .examples import Rows, Seen, Sharing, along, rows_of, shared_rows
+from .examples import Rows, Seen, Sharing, along, rows_of, shared_rows, sharing_of
 from .factors import Factors
 from .likelihood import Likelihood, pulls
 from .lookups import Lookups
@@ -35,5 +35,6 @@ __all__ = [
     "rows_of",
     "sampled_loss",
     "shared_rows",
+    "sharing_of",
     "solved",
 ]

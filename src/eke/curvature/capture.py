@@ -31,6 +31,7 @@ class Capture:
     Attributes:
         listening: Whether gradients are kept.
         turn: Number of the backward pass, for those who run several through one forward pass.
+        nearest: The first gradient kept since the last `clear`: that of the call nearest to the loss.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Capture:
         self._passes = 0
         self.listening = True
         self.turn = 0
+        self.nearest: Tensor | None = None
         this = weakref.ref(self)
         handles = [module.register_forward_hook(_hook(this, weakref.ref(module))) for module in modules]
         for attention in attentions:
@@ -59,6 +61,7 @@ class Capture:
     def add(self, owner: object, number: int, x: Tensor, gradient: Tensor) -> None:
         """Keep one call of a module (or a parameter), made in the forward pass of that number, if listening."""
         if self.listening:
+            self.nearest = gradient.detach() if self.nearest is None else self.nearest
             self._calls.setdefault(id(owner), []).append(((number, self.turn), x, gradient.detach()))
 
     def take(self, owner: object) -> Calls:
@@ -68,6 +71,7 @@ class Capture:
     def clear(self) -> None:
         """Forget all calls."""
         self._calls.clear()
+        self.nearest = None
 
 
 def _hook(capture: weakref.ref[Capture], owner: weakref.ref[nn.Module]) -> Any:

@@ -212,6 +212,23 @@ def along(each: Tensor, g_basis: Tensor | None, a_basis: Tensor | None) -> Tenso
     return gathered(inside, rows, columns, each.square().sum((1, 2, 3)), rest)
 
 
+def sharing_of(gradient: Tensor) -> Sharing:
+    """Return how locations share a matrix, told by the gradient at the output of the layer nearest to the loss.
+
+    Args:
+        gradient: (examples, ..., m), or (examples, m) where nothing is shared any more.
+
+    Returns:
+        "expand" where several locations of an example have gradients that differ, as with one loss a token; else "sum".
+    """
+    if gradient.dim() < 3:
+        return "sum"
+    rows = gradient.flatten(1, -2)
+    several = bool(((rows != 0).any(2).sum(1) > 1).any())
+    apart = (rows - rows[:, :1]).abs().amax() > 1e-5 * rows.abs().amax()  # a mean over locations gives each the same
+    return "expand" if several and bool(apart) else "sum"
+
+
 def _cut(basis: Tensor | None) -> int:
     """Return how many dimensions the directions of a basis leave out."""
     return 0 if basis is None else basis.shape[1] - basis.shape[2]

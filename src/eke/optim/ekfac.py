@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..curvature import Basis, Calls, Capture, Fisher, Likelihood, Lookups, Rows, Seen, Sharing, pulls
+from ..curvature import Basis, Calls, Capture, Fisher, Likelihood, Lookups, Rows, Seen, Sharing, pulls, sharing_of
 from .basis import Refresh, turn
 from .layers import Layer, attentions, find_layers
 from .statistics import (
@@ -43,6 +43,7 @@ from .statistics import (
     mean_moments,
     moments_of_gradient,
     product_moments,
+    thinned,
     update_factors,
     update_moments,
 )
@@ -70,13 +71,17 @@ class EKFAC(torch.optim.Optimizer):
         basis_every: Steps between refreshes of the bases.
         statistics_decay: Of the running means of A, S and m2; 0 for the current batch alone.
         sharing: What many locations of a linear layer (tokens) mean: "sum" for one loss an example, "expand" for one
-            loss a token, "reduce" for a cheap form of the first.
+            loss a token, "reduce" for a cheap form of the first. "auto" tells by the first step's gradients at the
+            layer nearest to the loss: those of several tokens differ only where each has a loss of its own.
         reduction: Whether the loss is a mean over examples or their sum.
         refresh: How bases are refreshed.
         tolerance: Bases that diagonalise to this share of the factor's norm are kept.
         others_lr: Learning rate of AdamW.
         betas: Of AdamW.
         largest: Sides longer than this keep the identity as their basis.
+        rank: Directions of a side that are told apart; None for all. "auto" tells 64 apart where a side is longer than
+            128, and all where `statistics_decay` is 0: the textbook's step.
+        convolutions: Whether the taps of a kernel have a basis together with the channels ("kfc") or not ("sua").
         loss_scale: What the loss is multiplied by before `backward`: a number or a function that returns it, such as
             `GradScaler.get_scale`.
 
@@ -98,14 +103,14 @@ class EKFAC(torch.optim.Optimizer):
         fisher: Fisher = "empirical",
         basis_every: int = 50,
         statistics_decay: float = 0.95,
-        sharing: Sharing = "sum",
+        sharing: Sharing | Literal["auto"] = "auto",
         reduction: Literal["mean", "sum"] = "mean",
         refresh: Refresh = "eigh",
         tolerance: float = 0.0,
         others_lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         largest: int = 4096,
-        rank: int | None = None,
+        rank: int | Literal["auto"] | None = "auto",
         convolutions: Literal["kfc", "sua"] = "kfc",
         loss_scale: float | Callable[[], float] = 1.0,
     ) -> None:
@@ -114,7 +119,9 @@ class EKFAC(torch.optim.Optimizer):
         self._rules = Rules(
             variant, basis_every, statistics_decay, refresh, tolerance, largest, rank, convolutions == "sua"
         )
-        self.fisher, self.sharing, self.mean, self.loss_scale = fisher, sharing, reduction == "mean", loss_scale
+        self.fisher, self.mean, self.loss_scale = fisher, reduction == "mean", loss_scale
+        self.sharing: Sharing = "sum" if sharing == "auto" else sharing
+        self._tells = sharing == "auto"
         self._probes: dict[int, Tensor] = {}
         self._warned = False
         defaults: dict[str, Any] = {
@@ -173,6 +180,8 @@ class EKFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._tells and self._capture.nearest is not None:
+            self.sharing, self._tells = sharing_of(self._capture.nearest), False
         for group in self.param_groups:
             if group["kronecker"]:
                 self._step_layers(group, weights)
@@ -305,8 +314,12 @@ class EKFAC(torch.optim.Optimizer):
         counted = plain or (self.sharing != "expand" and state.get("shapes") == shapes)
         wanted = reads or (now and rules.variant == "ekfac") or not counted
         if calls and (wanted or (known and not is_cut(state) and _saves(layer, calls))):
-            rows = layer.rows(calls, Seen(self.sharing, self.mean, self._scale(), weights))
-            state["shapes"], state["examples"] = shapes, rows.examples
+            seen = Seen(self.sharing, self.mean, self._scale(), weights)
+            if plain and known and rules.every > 1:
+                rows = layer.rows(*thinned(layer, calls, seen, turn=int(state.get("seen", 0))))
+            else:
+                rows = layer.rows(calls, seen)
+                state["shapes"], state["examples"] = shapes, rows.examples
         if rows is not None and reads:
             fine = update_factors(layer, state, rows, rules)
         state["steps"] = int(state.get("steps", 0)) + 1
@@ -462,8 +475,8 @@ def _check_ranges(group: dict[str, Any], rules: Rules) -> None:
     for name, value in (("momentum", group["momentum"]), ("statistics_decay", rules.decay)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}.")
-    if rules.rank is not None and rules.rank < 1:
-        raise ValueError(f"rank must be at least 1, or None for all directions, got {rules.rank}.")
+    if rules.rank is not None and rules.rank != "auto" and rules.rank < 1:
+        raise ValueError(f'rank must be at least 1, None for all directions, or "auto", got {rules.rank}.')
     if group["weight_decay"] < 0 or rules.basis_every < 1:
         raise ValueError(
             f"weight_decay must be >= 0 and basis_every >= 1, got weight_decay={group['weight_decay']}, "

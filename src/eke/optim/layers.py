@@ -62,6 +62,11 @@ class Layer(ABC):
         """Taps of a convolution's kernel, 1 for others."""
         return 1
 
+    @property
+    def spatial(self) -> int:
+        """Dimensions that a kernel moves along, 0 for others than convolutions."""
+        return 0
+
     def gradient(self) -> Tensor:
         """Return the gradient as (groups, m, n [+ 1]), float32 or float64."""
         assert self.weight.grad is not None
@@ -118,6 +123,11 @@ class Matrix(Layer):
         """Taps of the kernel."""
         geometry = self.site.geometry
         return 1 if geometry is None else torch.Size(geometry.kernel).numel()
+
+    @property
+    def spatial(self) -> int:
+        """Dimensions of the kernel."""
+        return 0 if self.site.geometry is None else len(self.site.geometry.kernel)
 
 
 @dataclass

@@ -9,18 +9,22 @@ and grow with the rank. Momentum is kept in the basis, and turned with it, or in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..curvature import Lookups, Rows, along, solved
+from ..curvature import Calls, Lookups, Rows, Seen, along, solved
 from .basis import Refresh, centred, channel_basis, leading, refreshed, shares, turn
 from .layers import Layer
 
 Variant = Literal["ekfac", "ekfac_ra", "kfac"]
 State = dict[str, Any]
+
+
+_LONG, _LEADING = 128, 64
+"""By default so many directions are told apart of sides longer than this."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Rules:
     refresh: Refresh
     tolerance: float
     largest: int
-    rank: int | None
+    rank: int | Literal["auto"] | None
     channels: bool
 
     def due(self, steps: int) -> bool:
@@ -42,8 +46,43 @@ class Rules:
 
     def reads(self, steps: int) -> bool:
         """Return whether statistics are measured: ten times between refreshes, and in every one of the first steps."""
-        every = max(1, self.basis_every // 10)
-        return steps < 2 * every or steps % every == 0 or self.due(steps)
+        return steps < 2 * self.every or steps % self.every == 0 or self.due(steps)
+
+    def directions(self, size: int) -> int:
+        """Return how many directions of a side are told apart."""
+        if self.rank == "auto":
+            return _LEADING if size > _LONG and self.decay else size
+        return size if self.rank is None else min(size, self.rank)
+
+    @property
+    def every(self) -> int:
+        """Steps between measurements."""
+        return max(1, self.basis_every // 10)
+
+
+FEWEST = 32
+"""Examples of a convolution to measure where not every step does: each brings many rows."""
+
+
+def thinned(layer: Layer, calls: Calls, seen: Seen, *, turn: int) -> tuple[Calls, Seen]:
+    """Return a lattice of the examples of a convolution's calls, and how it is to be read: means stay what they are.
+
+    Args:
+        layer: Other layers keep all of theirs.
+        calls: What it was called with.
+        seen: How all of them are to be read.
+        turn: Shifts the lattice.
+    """
+    dims = layer.spatial
+    if not dims or any(x.dim() != dims + 2 for _, x, _ in calls):
+        return calls, seen
+    step = min(len(x) for _, x, _ in calls) // FEWEST
+    if step < 2:
+        return calls, seen
+    start = turn % step
+    less = [(number, x[start::step], gradient[start::step]) for number, x, gradient in calls]
+    share = sum(len(x) for _, x, _ in less) / sum(len(x) for _, x, _ in calls)
+    return less, replace(seen, loss_scale=seen.loss_scale * share)
 
 
 def update_factors(layer: Layer, state: State, rows: Rows | Lookups, rules: Rules) -> bool:
@@ -111,8 +150,8 @@ def _refresh(state: State, key: str, rules: Rules, by_channel: Layer | None) -> 
     factor, old = state[f"{key}_factor"], state.get(f"{key}_basis")
     if by_channel is not None:
         basis = channel_basis(factor, by_channel.taps, bias=by_channel.bias is not None)
-    elif rules.rank is not None and rules.rank < factor.shape[1]:
-        basis = leading(factor, old, rank=rules.rank)
+    elif (rank := rules.directions(factor.shape[1])) < factor.shape[1]:
+        basis = leading(factor, old, rank=rank)
     else:
         basis = refreshed(factor, old, how=rules.refresh, tolerance=rules.tolerance)
     if basis is None:
