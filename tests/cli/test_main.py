@@ -9,7 +9,7 @@ import pytest
 
 from eke import __version__
 
-VERBS = ("compress", "inspect", "why", "verify", "gate", "report", "factorize", "solve", "doctor")
+VERBS = ("compress", "inspect", "why", "verify", "gate", "report", "factorize", "solve", "search", "doctor")
 
 
 def test_help_names_every_verb_with_a_whole_sentence(eke):

@@ -17,6 +17,7 @@ from .factorize import factorize
 from .gate import gate
 from .inspect import inspect
 from .report import report
+from .search import search
 from .solve import solve
 from .verify import verify
 from .why import why
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compress, inspect, why, verify, gate, report, factorize, solve, doctor):
+for verb in (compress, inspect, why, verify, gate, report, factorize, solve, search, doctor):
     app.command()(verb)
 
 

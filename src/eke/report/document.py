@@ -22,7 +22,7 @@ SCHEMA = 2
 """The version of the JSON this file reads and writes."""
 
 Interval = tuple[float, float]
-Kind = Literal["compress", "gate", "inspect"]
+Kind = Literal["compress", "gate", "inspect", "search"]
 PointKind = Literal["original", "plan", "candidate", "control", "chosen"]
 Source = Literal["measured", "predicted"]
 

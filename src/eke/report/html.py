@@ -145,7 +145,7 @@ def _sections(document: Document, rows: int, points: int) -> list[Section]:
 
     rounds = listing("ol", "prose", [r.text for r in d.rounds])
     first = listing("ul", "warnings", d.warnings)
-    compared = "The model" if d.kind == "inspect" else "Before and after"
+    compared = {"inspect": "The model", "search": "The winner"}.get(d.kind, "Before and after")
     calibration = when(d.calibration, tables.calibration, 2 * points)
     drawn = [
         Section("read-first", "Read first", first, "What limits the claims below."),

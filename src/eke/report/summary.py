@@ -19,6 +19,7 @@ KINDS = {
     "compress": "Report on a compression",
     "gate": "Gate: old against new",
     "inspect": "Inspection of a model",
+    "search": "Report on a search",
 }
 
 
@@ -26,6 +27,8 @@ def verdict_words(document: Document) -> tuple[str, str]:
     """Return the verdict in two or three words, and whether it was verified."""
     if document.kind == "inspect":
         return "Inspected", "nothing was changed"
+    if document.kind == "search":
+        return "Budget kept" if document.verdict.met else "No budget asked", "not trained"
     asked = {True: "Budget met", False: "Budget not met", None: "No budget asked"}
     passed = {True: "Gate passed", False: "Gate failed", None: "No limits asked"}
     first = (passed if document.kind == "gate" else asked)[document.verdict.met]
