@@ -176,16 +176,8 @@ def case(task: str, held: Tensor, batches: Any, options: dict[str, Any]) -> dict
     return found
 
 
-def main() -> None:
-    """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder with the idx files, gzipped")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="three steps: seconds, no conclusions")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    smoke = arguments.smoke
+def letters(smoke: bool) -> dict[str, Any]:
+    """Train and measure on characters."""
     text, rest, alphabet = characters()
     length, batch = (32, 4) if smoke else (192, 8)
 
@@ -193,32 +185,61 @@ def main() -> None:
         return windows(text, batch, length, torch.Generator().manual_seed(i))
 
     first = torch.tensor([[alphabet.index(letter) for letter in PROMPT]])
-    speeds = [1, 4] if smoke else [1, 32]
-    held = windows(rest, 4 if smoke else 128, length, None)
-    letters = case("characters", held, pieces, {
-        "width": 32 if smoke else 128, "vocabulary": len(alphabet), "length": length, "steps": 3 if smoke else 800,
-        "batch": batch, "rate": 3e-3, "batches": speeds, "start": first, "shown": 2,
+    found = case("characters", windows(rest, 4 if smoke else 128, length, None), pieces, {
+        "width": 32 if smoke else 128, "vocabulary": len(alphabet), "length": length, "steps": 3 if smoke else 400,
+        "batch": batch, "rate": 3e-3, "batches": [1, 4] if smoke else [1, 32], "start": first, "shown": 2,
     })  # fmt: skip
-    for row in letters["rows"].values():
+    for row in found["rows"].values():
         row["symbols"] = ["".join(alphabet[int(n)] for n in line) for line in row["symbols"]]
-    images, others = pixels(arguments.images, "train"), pixels(arguments.images, "t10k")
+    return found
+
+
+def drawings(folder: Path, target: Path | None, smoke: bool) -> dict[str, Any]:
+    """Train and measure on pixels, and write what was drawn."""
+    images, others = pixels(folder, "train"), pixels(folder, "t10k")
     many = 2 if smoke else 16
 
     def shuffled(i: int) -> Tensor:
         return images[torch.randint(len(images), (many,), generator=torch.Generator().manual_seed(i))]
 
-    drawn = case("pixels", others[: 4 if smoke else 512], shuffled, {
-        "width": 32 if smoke else 64, "vocabulary": LEVELS + 1, "length": 1 + SIDE * SIDE, "steps": 2 if smoke else 500,
-        "batch": many, "rate": 3e-3, "batches": speeds, "start": torch.tensor([[LEVELS]]), "shown": 12,
+    found = case("pixels", others[: 4 if smoke else 512], shuffled, {
+        "width": 32 if smoke else 64, "vocabulary": LEVELS + 1, "length": 1 + SIDE * SIDE, "steps": 2 if smoke else 300,
+        "batch": many, "rate": 3e-3, "batches": [1, 4] if smoke else [1, 32], "start": torch.tensor([[LEVELS]]),
+        "shown": 12,
     })  # fmt: skip
-    shown = [others[:12, 1:], *(row.pop("symbols")[:, 1:] for row in drawn["rows"].values())]
-    if arguments.picture:
-        arguments.picture.write_bytes(png(picture(shown)))
+    shown = [others[:12, 1:], *(row.pop("symbols")[:, 1:] for row in found["rows"].values())]
+    if target:
+        target.write_bytes(png(picture(shown)))
+    return found
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder with the idx files, gzipped")
+    parser.add_argument(
+        "--only", choices=["characters", "pixels"], help="one task; the other stays as it is in the file"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="three steps: seconds, no conclusions")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    smoke = arguments.smoke
+    cases: list[dict[str, Any]] = []
+    if arguments.only != "pixels":
+        cases.append(letters(smoke))
+    if arguments.only != "characters":
+        cases.append(drawings(arguments.images, arguments.picture, smoke))
     document = {
         "question": __doc__.splitlines()[0], "smoke": smoke, "threads": 1, "environment": environment().to_json(),
-        "cases": [letters, drawn],
+        "cases": cases,
     }  # fmt: skip
     if arguments.json:
+        if arguments.only and arguments.json.exists():
+            before = json.loads(arguments.json.read_text())["cases"]
+            cases += [entry for entry in before if entry["task"] != arguments.only]
+            cases.sort(key=lambda entry: entry["task"])
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
