@@ -61,7 +61,7 @@ def change(path: str, value: object) -> dict:
         ("plan.3.bytes_before", "12", r"plan\[3\]\.bytes_before must be an int, got str '12'"),
         ("plan.3", 5, r"plan\[3\] must be an object with the keys site, .*, got int 5"),
         ("plan", {}, r"plan must be a tuple, got dict"),
-        ("kind", "press", r"kind must be one of 'compress', 'gate', 'inspect', got str 'press'"),
+        ("kind", "press", r"kind must be one of 'compress', 'gate', 'inspect', 'search', got str 'press'"),
         ("verdict.met", "yes", r"verdict\.met must be a bool, got str 'yes'"),
         ("verdict", None, r"verdict must be an object"),
         ("drop.points", True, r"drop\.points must be a finite float .*, got bool True"),
