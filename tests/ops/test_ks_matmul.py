@@ -262,11 +262,16 @@ def test_neighbours_that_do_not_chain_are_not_merged():
     assert choose.merge(torch.ones(2, 2, 2, 1), torch.ones(1, 2, 2, 2)) is None
 
 
-def test_butterfly_of_ten_factors_is_merged_in_pairs():
-    assert [tuple(f.shape) for f in choose.merge_neighbours(hadamard_chain(10), 1000)] == [
-        (1, 4, 4, 256), (4, 4, 4, 64), (16, 4, 4, 16), (64, 4, 4, 4), (256, 4, 4, 1),
-    ]  # fmt: skip
-    assert len(choose.merge_neighbours(hadamard_chain(10), 8)) == 10
+def test_small_factors_are_merged_in_pairs():
+    factors = [torch.ones(2**s, 2, 2, 3 * 2 ** (3 - s)) for s in range(4)]
+    assert [tuple(f.shape) for f in choose.merge_neighbours(factors, 1000)] == [(1, 4, 4, 12), (4, 4, 4, 3)]
+    assert len(choose.merge_neighbours(factors, 8)) == 4
+
+
+def test_butterflies_are_left_to_the_kernel():
+    # It takes several of them in one pass, in half of the operations.
+    assert len(choose.merge_neighbours(hadamard_chain(10), 1000)) == 10
+    assert len(choose.merge_neighbours(hadamard_chain(3), 1000)) == 2  # eight features are too few for it
 
 
 @pytest.mark.parametrize("function", [ops.ks_matmul, ops.ks_matmul_batch_last])

@@ -76,6 +76,28 @@ int main() {
         free(x); free(y); free(g);
         cases++;
       }
+  // Runs of factors with b = c = 2, packed in the call and before it.
+  for (int level = 0; level <= eke_ks_level(); level++)
+    for (i64 threads = 1; threads < 3; threads++)
+      for (i64 size : {16, 48, 64, 512}) for (i64 n : {1, 5, 70, 700}) for (i64 down = 0; down < 2; down++) {
+        Factor f[16];
+        i64 count = 0;
+        for (i64 d = 1; size % (2 * d) == 0; d *= 2) count++;
+        for (i64 s = 0; s < count; s++) {
+          const i64 d = (i64)1 << (down ? count - 1 - s : s);
+          f[s] = {size / (2 * d), 2, 2, d, 4 * d, 2 * d, d, 1, filled(2 * size, (unsigned)d)};
+        }
+        float *x = filled(size * n, 1), *y = filled(size * n, 3), *again = filled(size * n, 4);
+        if (eke_ks_forward(level, threads, 0, 0, n, x, size, y, size, count, f, nullptr, 0)) return 7;
+        Source whole = {f[0].w, (i64)sizeof(float) * 2 * size};
+        void* kept = eke_ks_keep(level, threads, 0, 0, count, f, 0, 1, &whole);
+        if (!kept || eke_ks_kept(kept, n, x, again, nullptr)) return 8;
+        for (i64 e = 0; e < size * n; e++) if (again[e] != y[e]) return 9;
+        eke_ks_drop(kept);
+        for (i64 s = 0; s < count; s++) free((void*)f[s].w);
+        free(x); free(y); free(again);
+        cases++;
+      }
   printf("%lld cases\\n", (long long)cases);
   return 0;
 }

@@ -246,7 +246,15 @@ def merge_neighbours(factors: list[Tensor], batch: int) -> list[Tensor]:
     return merged
 
 
+def _butterfly(shape: torch.Size) -> bool:
+    """Return whether the kernel takes several such factors in one pass, in half of the operations."""
+    a, b, c, d = shape
+    return b == c == 2 and not d & (d - 1) and not 2 * a * d % 16
+
+
 def _pays(left: torch.Size, right: torch.Size) -> bool:
+    if _butterfly(left) and _butterfly(right):
+        return False
     (a, b, c, d), (p, q, r, s) = left, right
     height, width = b * d // s, p * r // a
     return max(height, width) <= _SMALL and a * height * width * s <= a * b * c * d + p * q * r * s

@@ -25,29 +25,33 @@ struct Factor {
 };
 
 // How a factor is run: entries packed in panels; entries read where they are; whole super-blocks in one vector; all
-// entries of sixteen neighbouring groups in registers.
-enum { PACKED, DIRECT, TINY, HELD };
+// entries of sixteen neighbouring groups in registers; several factors with b = c = 2 in one pass.
+enum { PACKED, DIRECT, TINY, HELD, BUTTERFLY };
 
 struct Ready {
   Factor f;
   int way;
   const float* packed;
+  // A pass of butterflies: distances in lanes and in vectors, in the order in which they are applied.
+  i64 lanes, across, lane[4], step[4];
+  bool lanes_first, scaled;
 };
 
 enum { FLOAT32, BFLOAT16 };
 enum { FIRST, LAST };
 constexpr i64 LONGEST = 64;
-constexpr i64 PARALLEL_WORK = 2000000;  // multiply-adds from which threads pay: about 50 microseconds of one core
+constexpr i64 PARALLEL_WORK = 200000;  // multiply-adds from which threads pay: about 4 microseconds of one core
 
 // y = x K^T through one or more factors; factors[0] is applied first.
 struct Call {
-  i64 threads, layout, type, batch, x_stride, y_stride, factors, relu;
+  i64 threads, layout, type, batch, x_stride, y_stride, factors, relu, plain;
   const void* x;
   void* y;
   const Factor* factor;
   const float* bias;
   float* (*scratch)(size_t floats);
-  const Ready* ready;  // the factors as `pack` left them, or null: they are packed in the call
+  const Ready* ready;  // the passes as `pack` left them, or null: factors are packed in the call
+  i64 passes;
 };
 
 // Gradient of the free entries (contiguous) from x and the gradient g of y, both float32.
@@ -62,10 +66,10 @@ struct Gradient {
 
 // For each instruction set: floats that the packed entries take, with a line for each thread; packing; the product;
 // the gradient of the entries.
-#define INSTRUCTION_SET(NAME)                    \
-  i64 room_##NAME(const Call&);                  \
-  void pack_##NAME(const Call&, Ready*, float*); \
-  int forward_##NAME(const Call&);               \
+#define INSTRUCTION_SET(NAME)                   \
+  i64 room_##NAME(const Call&);                 \
+  i64 pack_##NAME(const Call&, Ready*, float*); \
+  int forward_##NAME(const Call&);              \
   int gradient_##NAME(const Gradient&);
 INSTRUCTION_SET(avx512)
 INSTRUCTION_SET(avx2)

@@ -10,7 +10,7 @@ namespace {
 
 struct Set {
   i64 (*room)(const Call&);
-  void (*pack)(const Call&, Ready*, float*);
+  i64 (*pack)(const Call&, Ready*, float*);
   int (*forward)(const Call&);
   int (*gradient)(const Gradient&);
 };
@@ -84,6 +84,15 @@ i64 threads_for(const Factor* f, i64 count, i64 batch, i64 threads) {
   return batch * work >= PARALLEL_WORK ? threads : 1;
 }
 
+// Outputs that are not finite are computed again plainly, which may keep them so.
+int forward(int level, Call c) {
+  const int status = SETS[level].forward(c);
+  if (status != 3) return status;
+  c.plain = 1;
+  c.ready = nullptr;
+  return SETS[level].forward(c);
+}
+
 }  // namespace
 
 extern "C" {
@@ -95,9 +104,9 @@ int eke_ks_level(void) { return machine::level(); }
 int eke_ks_forward(int level, i64 threads, i64 layout, i64 type, i64 batch, const void* x, i64 x_stride, void* y,
                    i64 y_stride, i64 count, const Factor* factors, const float* bias, i64 relu) {
   if (count < 1 || count > LONGEST) return 1;
-  Call c = {threads_for(factors, count, batch, threads), layout, type, batch, x_stride, y_stride, count, relu, x, y,
-            factors, bias, machine::scratch, nullptr};
-  return SETS[level].forward(c);
+  Call c = {threads_for(factors, count, batch, threads), layout, type, batch, x_stride, y_stride, count, relu, 0, x, y,
+            factors, bias, machine::scratch, nullptr, 0};
+  return forward(level, c);
 }
 
 // Packs factors for later calls. sources: address and bytes of the entries they were made from, which are watched.
@@ -111,7 +120,8 @@ void* eke_ks_keep(int level, i64 threads, i64 layout, i64 type, i64 count, const
   memcpy(k->source, source, sources * sizeof(Source));
   k->level = level;
   k->sources = sources;
-  k->call = {threads, layout, type, 0, 0, 0, count, relu, nullptr, nullptr, k->factor, nullptr, machine::scratch, nullptr};
+  k->call = {threads, layout, type, 0, 0, 0, count, relu, 0, nullptr, nullptr, k->factor, nullptr, machine::scratch,
+             nullptr, 0};
   const Factor &in = factors[0], &out = factors[count - 1];
   k->width_in = in.a * in.c * in.d;
   k->width_out = out.a * out.b * out.d;
@@ -120,7 +130,7 @@ void* eke_ks_keep(int level, i64 threads, i64 layout, i64 type, i64 count, const
   if (!k->memory) { free(k); return nullptr; }
   // First the sums: a change while entries are packed is found by the first call.
   for (i64 s = 0; s < sources; s++) k->sum[s] = sum_of(source[s].entries, source[s].bytes);
-  SETS[level].pack(k->call, k->ready, k->memory);
+  k->call.passes = SETS[level].pack(k->call, k->ready, k->memory);
   k->call.ready = k->ready;
   return k;
 }
@@ -145,7 +155,7 @@ int eke_ks_kept(const void* kept, i64 batch, const void* x, void* y, const float
   c.x = x;
   c.y = y;
   c.bias = bias;
-  return SETS[k->level].forward(c);
+  return forward(k->level, c);
 }
 
 int eke_ks_gradient(int level, i64 threads, i64 layout, i64 batch, const float* x, i64 x_stride, const float* g,

@@ -5,10 +5,12 @@ inline bool is_tiny(const Factor& f) { return PERMUTES && f.a > 1 && most(f.b, f
 inline bool is_held(const Factor& f) {
   return f.sd == 1 && f.d % W == 0 && most(f.b, f.c) <= (W == 16 ? 4 : 2);
 }
+// Batch last: the few entries of a group stay in registers while its columns pass.
+inline bool is_held_last(const Factor& f) { return most(f.b, f.c) <= (W == 16 ? 4 : 2); }
 inline i64 tiny_blocks(const Factor& f) { return W / (most(f.b, f.c) * f.d); }
 
 inline size_t packed_size(const Factor& f, int layout) {
-  if (layout == LAST) return f.d == 1 ? 0 : (size_t)(f.a * f.b * f.c * f.d);
+  if (layout == LAST) return f.d == 1 || is_held_last(f) ? 0 : (size_t)(f.a * f.b * f.c * f.d);
   if (is_tiny(f)) return (size_t)(ceil_div(f.a, tiny_blocks(f)) * f.c * W);
   if (f.d % W == 0 && f.sd == 1) return 0;
   return (size_t)(f.a * ceil_div(f.b * f.d, W) * f.c * W);
@@ -263,9 +265,64 @@ void block_first(const Ready& q, i64 i, const float* x, i64 xs, float* y, i64 ys
   });
 }
 
+template <int B, int C> void held_columns(const Factor& f, const float* w, const float* x, i64 xs, float* y, i64 ys,
+                                          i64 n, bool stream) {
+  vec s[B][C];
+#pragma GCC unroll 4
+  for (int k = 0; k < B; k++)
+#pragma GCC unroll 4
+    for (int l = 0; l < C; l++) s[k][l] = all(w[k * f.sb + l * f.sc]);
+  for (i64 t = 0; t < n; t += W) {
+    const bool whole = t + W <= n;
+    const mask m = first_lanes(n - t);
+    vec out[B];
+#pragma GCC unroll 4
+    for (int k = 0; k < B; k++) out[k] = zero();
+#pragma GCC unroll 4
+    for (int l = 0; l < C; l++) {
+      const vec v = whole ? load(x + l * xs + t) : load(x + l * xs + t, m);
+#pragma GCC unroll 4
+      for (int k = 0; k < B; k++) out[k] = fma(s[k][l], v, out[k]);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < B; k++) {
+      if (!whole) store(y + k * ys + t, out[k], m);
+      else if (stream) store_through(y + k * ys + t, out[k]);
+      else store(y + k * ys + t, out[k]);
+    }
+  }
+}
+
+template <int B> void columns_by_width(const Factor& f, const float* w, const float* x, i64 xs, float* y, i64 ys, i64 n,
+                                       bool stream) {
+  if constexpr (W == 16) {
+    if (f.c == 4) return held_columns<B, 4>(f, w, x, xs, y, ys, n, stream);
+    if (f.c == 3) return held_columns<B, 3>(f, w, x, xs, y, ys, n, stream);
+  }
+  return f.c == 2 ? held_columns<B, 2>(f, w, x, xs, y, ys, n, stream)
+                  : held_columns<B, 1>(f, w, x, xs, y, ys, n, stream);
+}
+
+// Group (i, j) of a factor with few entries a group.
+void held_last(const Factor& f, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n, bool far) {
+  const float* w = f.w + i * f.sa + j * f.sd;
+  x += (i * f.c * f.d + j) * xs;
+  y += (i * f.b * f.d + j) * ys;
+  const bool stream = far && ((uintptr_t)y & 63) == 0 && ys % 16 == 0;
+  xs *= f.d;
+  ys *= f.d;
+  if constexpr (W == 16) {
+    if (f.b == 4) return columns_by_width<4>(f, w, x, xs, y, ys, n, stream);
+    if (f.b == 3) return columns_by_width<3>(f, w, x, xs, y, ys, n, stream);
+  }
+  return f.b == 2 ? columns_by_width<2>(f, w, x, xs, y, ys, n, stream)
+                  : columns_by_width<1>(f, w, x, xs, y, ys, n, stream);
+}
+
 // Group (i, j) of one factor, batch last: n columns.
 void group_last(const Ready& q, i64 i, i64 j, const float* x, i64 xs, float* y, i64 ys, i64 n, bool cold, bool far) {
   const Factor& f = q.f;
+  if (q.way == HELD) return held_last(f, i, j, x, xs, y, ys, n, far);
   Phase h = phase_of(1, 0);
   i64 total = ceil_div(n, W), groups = ceil_div(total, COLS), base = total / groups, extra = total % groups, t = 0;
   const float* w = q.way == PACKED ? q.packed + (i * f.d + j) * f.b * f.c : f.w + i * f.sa + j * f.sd;

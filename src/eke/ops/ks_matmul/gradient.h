@@ -236,22 +236,22 @@ void groups_last(const Gradient& c, const Plan& plan, i64 i, i64 j, i64 count, f
 int gradient_last(const Gradient& c) {
   const Factor& f = c.factor;
   if (f.c < W / 2) {
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-    for (i64 t = 0; t < f.a * f.d; t++) narrow_group(c, t / f.d, t % f.d);
+    share(f.a * f.d, c.threads, [&](i64 t, i64) { narrow_group(c, t / f.d, t % f.d); });
     return 0;
   }
-  const i64 width = ceil_div(f.c, W) * W, together = least(f.d, W), tasks = ceil_div(f.d, together);
+  i64 together = least(f.d, W);
+  if (uneven(f.a * ceil_div(f.d, together), c.threads)) together = most(1, least(together, f.d / c.threads));
+  const i64 width = ceil_div(f.c, W) * W, tasks = ceil_div(f.d, together);
   Plan plan = {most(64, least(256, CACHE / width / W * W)), 0, 0};
   plan.chunk = least(plan.chunk, c.batch);
   plan.turned = plan.chunk * width;
   plan.sums = f.d == 1 ? 0 : together * f.b * width;
   float* scratch = c.scratch((size_t)(c.threads * (plan.turned + plan.sums)));
   if (!scratch) return 2;
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-  for (i64 t = 0; t < f.a * tasks; t++) {
+  share(f.a * tasks, c.threads, [&](i64 t, i64 thread) {
     const i64 j = t % tasks * together;
-    groups_last(c, plan, t / tasks, j, least(together, f.d - j), scratch + THREAD * (plan.turned + plan.sums));
-  }
+    groups_last(c, plan, t / tasks, j, least(together, f.d - j), scratch + thread * (plan.turned + plan.sums));
+  });
   return 0;
 }
 
@@ -262,8 +262,7 @@ int gradient_first(const Gradient& c) {
     const i64 groups = ceil_div(f.a, tiny_blocks(f)), each = ceil_div(groups, c.threads);
     float* sums = c.scratch((size_t)(groups * f.b * W));
     if (!sums) return 2;
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-    for (i64 t = 0; t < c.threads; t++) small_first(c, sums, t * each, least((t + 1) * each, groups));
+    share(c.threads, c.threads, [&](i64 t, i64) { small_first(c, sums, t * each, least((t + 1) * each, groups)); });
     return 0;
   }
   const i64 parts = f.a >= c.threads ? 1 : c.threads, each = ceil_div(f.a * parts, c.threads);
@@ -273,12 +272,11 @@ int gradient_first(const Gradient& c) {
   const i64 chunk = least(c.batch, most(24, least(128, L2 / 2 / (blocks * (in + out))))), size = chunk * blocks * apart(in);
   float* copies = far ? c.scratch((size_t)(c.threads * size)) : nullptr;
   if (far && !copies) return 2;
-#pragma omp parallel for num_threads((int)c.threads) schedule(static) if (c.threads > 1)
-  for (i64 t = 0; t < c.threads; t++) {
+  share(c.threads, c.threads, [&](i64 t, i64) {
     const i64 end = least((t + 1) * each, f.a * parts);
     for (i64 from = t * each; from < end; from += together * parts)
       range_first(c, chunk, far ? copies + t * size : nullptr, from, least(from + together * parts, end), parts);
-  }
+  });
   return 0;
 }
 

@@ -9,6 +9,7 @@ typedef __m256 vec;
 typedef __m256i mask;
 typedef __m256i index;
 INLINE vec zero() { return _mm256_setzero_ps(); }
+INLINE vec all(float v) { return _mm256_set1_ps(v); }
 INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vec load(const float* p, mask m) { return _mm256_maskload_ps(p, m); }
 INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
@@ -16,7 +17,8 @@ INLINE void store_through(float* p, vec v) { _mm256_stream_ps(p, v); }
 INLINE void store(float* p, vec v, mask m) { _mm256_maskstore_ps(p, m, v); }
 INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-INLINE vec maximum(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec subtract(vec a, vec b) { return _mm256_sub_ps(a, b); }
+INLINE vec multiply(vec a, vec b) { return _mm256_mul_ps(a, b); }
 INLINE mask first_lanes(i64 n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(n < W ? n : W)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

@@ -9,6 +9,7 @@ typedef __m512 vec;
 typedef __mmask16 mask;
 typedef __m512i index;
 INLINE vec zero() { return _mm512_setzero_ps(); }
+INLINE vec all(float v) { return _mm512_set1_ps(v); }
 INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vec load(const float* p, mask m) { return _mm512_maskz_loadu_ps(m, p); }
 INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
@@ -16,7 +17,8 @@ INLINE void store_through(float* p, vec v) { _mm512_stream_ps(p, v); }
 INLINE void store(float* p, vec v, mask m) { _mm512_mask_storeu_ps(p, m, v); }
 INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-INLINE vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec subtract(vec a, vec b) { return _mm512_sub_ps(a, b); }
+INLINE vec multiply(vec a, vec b) { return _mm512_mul_ps(a, b); }
 INLINE mask first_lanes(i64 n) { return n >= W ? (mask)0xffff : (mask)((1u << n) - 1u); }
 INLINE mask later_lanes(i64 n) { return (mask)~first_lanes(n); }
 INLINE index indices(const int* p) { return _mm512_loadu_si512(p); }

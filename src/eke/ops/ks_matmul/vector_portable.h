@@ -9,6 +9,7 @@ struct mask { int from, to; };
 struct index { int v[4]; };
 #define LANES for (int e = 0; e < 4; e++)
 INLINE vec zero() { return vec{{0, 0, 0, 0}}; }
+INLINE vec all(float v) { return vec{{v, v, v, v}}; }
 INLINE vec load(const float* p) { vec r; LANES r.v[e] = p[e]; return r; }
 INLINE vec load(const float* p, mask m) { vec r = zero(); for (int e = m.from; e < m.to; e++) r.v[e] = p[e]; return r; }
 INLINE void store(float* p, vec v) { LANES p[e] = v.v[e]; }
@@ -16,7 +17,8 @@ INLINE void store_through(float* p, vec v) { store(p, v); }
 INLINE void store(float* p, vec v, mask m) { for (int e = m.from; e < m.to; e++) p[e] = v.v[e]; }
 INLINE vec fma(vec a, vec b, vec c) { vec r; LANES r.v[e] = a.v[e] * b.v[e] + c.v[e]; return r; }
 INLINE vec add(vec a, vec b) { vec r; LANES r.v[e] = a.v[e] + b.v[e]; return r; }
-INLINE vec maximum(vec a, vec b) { vec r; LANES r.v[e] = a.v[e] > b.v[e] ? a.v[e] : b.v[e]; return r; }
+INLINE vec subtract(vec a, vec b) { vec r; LANES r.v[e] = a.v[e] - b.v[e]; return r; }
+INLINE vec multiply(vec a, vec b) { vec r; LANES r.v[e] = a.v[e] * b.v[e]; return r; }
 INLINE mask first_lanes(i64 n) { return mask{0, (int)(n < W ? n : W)}; }
 INLINE mask later_lanes(i64 n) { return mask{(int)(n < W ? n : W), 4}; }
 INLINE index indices(const int* p) { index r; LANES r.v[e] = p[e]; return r; }
