@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from eke.nn import SparseConv2d, SparseLinear, sparse_linear, use_sparse
+from eke.nn import SparseConv2d, SparseLinear, sparse_conv, sparse_linear, sparse_swap, use_sparse
 
 WAYS = ["native", "csr", "dense", "compact"]
 
@@ -135,7 +135,7 @@ def test_measuring_takes_the_fastest(monkeypatch):
     linear, mask, _ = pair()
     monkeypatch.setattr(sparse_linear, "_FASTEST", {})
     seconds = iter([4.0, 3.0, 1.0, 2.0] * 3)
-    monkeypatch.setattr(sparse_linear, "_seconds", lambda run: next(seconds))
+    monkeypatch.setattr(sparse_linear, "seconds", lambda run: next(seconds))
     assert SparseLinear.from_dense(linear, mask).fastest(8) == "dense"
     monkeypatch.setattr(sparse_linear, "_FASTEST", {})
     seconds = iter([4.0, 3.0, 2.0] * 3)  # every row and column keeps something: nothing to compact
@@ -185,6 +185,61 @@ def test_pointwise_convolutions(stride, kind):
             torch.testing.assert_close(layer(x[0]), conv(x[0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"padding": 1}, {"padding": (2, 0), "stride": (2, 1)}, {"padding": "same", "dilation": 2},
+        {"padding": "valid", "dilation": (1, 2), "bias": False}, {"stride": 3, "padding": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_convolutions_of_any_kernel(options, kind):
+    conv = nn.Conv2d(6, 10, (3, 5), **options)
+    mask = torch.rand_like(conv.weight) < 0.3
+    with torch.no_grad():
+        conv.weight.mul_(mask)
+    layer = SparseConv2d.from_dense(conv, mask)
+    assert torch.equal(layer.to_dense(), conv.weight)
+    x = torch.randn(5, 6, 11, 13).to(memory_format=kind).requires_grad_()
+    y, wanted = layer(x), conv(x)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5)
+    weights = torch.randn_like(wanted)
+    (ours,), (theirs,) = (torch.autograd.grad((z * weights).sum(), x) for z in (y, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer(x[0]), wanted[0], rtol=0, atol=1e-5)
+
+
+def test_images_go_in_parts_that_stay_in_the_cache(monkeypatch):
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    layer = SparseConv2d.from_dense(conv, torch.rand_like(conv.weight) < 2)
+    x = torch.randn(7, 4, 6, 6)
+    with torch.no_grad():
+        whole = layer(x)
+        monkeypatch.setattr(sparse_conv, "_CACHED", 3 * 4 * 36 * 9)
+        assert len(torch.split(x, 3)) == 3
+        torch.testing.assert_close(layer(x), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole, conv(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_larger_kernels_are_replaced_where_the_sparse_one_takes_less_time(faster, monkeypatch):
+    monkeypatch.setattr(SparseLinear, "_timed", lambda self, batch: "dense")
+    monkeypatch.setattr(sparse_linear, "_FASTEST", {})
+    times = iter([1.0, 2.0] * 3 if faster else [2.0, 1.0] * 3)
+    monkeypatch.setattr(sparse_swap, "seconds", lambda run: next(times))
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), torch.randn(4, 3, 6, 6)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand_like(model[0].weight) < 0.2)
+    made = use_sparse(model, (x,))
+    assert [(layer.name, layer.samples, layer.way) for layer in made.layers] == [
+        ("0", 64, "native" if faster else "dense")
+    ]
+    assert type(made.model[0]) is (SparseConv2d if faster else nn.Conv2d)
+
+
 def test_random_numbers_and_modes_stay():
     linear, mask, _ = pair()
     state = torch.get_rng_state()
@@ -207,8 +262,14 @@ def test_what_does_not_fit_is_refused():
         SparseLinear(mask, way="fast")
     with pytest.raises(ValueError, match=r"takes \(\.\.\., 33\), got \(4, 32\)"):
         SparseLinear(mask)(torch.ones(4, 32))
-    with pytest.raises(ValueError, match=r"1 x 1 kernel.*kernel_size=\(3, 3\), groups=1"):
-        SparseConv2d.from_dense(nn.Conv2d(4, 4, 3), torch.ones(4, 4, 3, 3, dtype=torch.bool))
+    for other in (
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 2, padding="same"),
+    ):
+        assert not SparseConv2d.fits(other)
+        with pytest.raises(ValueError, match=rf"one group .*groups={other.groups}, padding=.*{other.padding_mode}"):
+            SparseConv2d.from_dense(other, torch.ones_like(other.weight, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weight's shape \(4, 4, 1, 1\), got \(4, 4\)"):
         SparseConv2d.from_dense(nn.Conv2d(4, 4, 1), torch.ones(4, 4, dtype=torch.bool))
 
@@ -235,17 +296,18 @@ class Mixed(nn.Module):
 def test_layers_with_zeros_are_replaced_where_that_is_faster(fastest, monkeypatch):
     monkeypatch.setattr(SparseLinear, "_timed", lambda self, batch: fastest)
     monkeypatch.setattr(sparse_linear, "_FASTEST", {})
+    monkeypatch.setattr(sparse_swap, "_compared", lambda made, module, images: fastest)
     model, x = Mixed().train(), torch.randn(4, 3, 6, 6)
     before = copy.deepcopy(model.state_dict())
     made = use_sparse(model, (x,))
     assert [(layer.name, layer.samples, layer.way) for layer in made.layers] == [
-        ("point", 144, fastest), ("first", 4, fastest), ("second", 4, fastest),
+        ("wide", 144, fastest), ("point", 144, fastest), ("first", 4, fastest), ("second", 4, fastest),
     ]  # fmt: skip
     kinds = {name: type(module) for name, module in made.model.named_children()}
     new = fastest == "native"
     assert kinds["point"] is (SparseConv2d if new else nn.Conv2d)
     assert kinds["first"] is kinds["second"] is (SparseLinear if new else nn.Linear)
-    assert kinds["wide"] is nn.Conv2d
+    assert kinds["wide"] is (SparseConv2d if new else nn.Conv2d)
     assert kinds["unused"] is nn.Linear
     assert model.training
     assert not made.model.training

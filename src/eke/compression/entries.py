@@ -1,8 +1,8 @@
 """Layers that skip the entries their matrices do not keep.
 
 While a plan is carried out and learns, a matrix with few entries is a dense layer with zeros, as every other matrix;
-once it is packed an `nn.SparseLinear` (on every pixel for a 1 x 1 convolution) takes the layer's place. What is stored
-is what the structure packs, so that a model is saved and rebuilt by way of the dense layers.
+once it is packed an `nn.SparseLinear` (on every patch for a convolution) takes the layer's place. What is stored is
+what the structure packs, so that a model is saved and rebuilt by way of the dense layers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from ..structures import EntrySparse, Structure
 
 
 def sparsable(model: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """Return the sites whose layer a sparse one can stand in for: linear ones and plain 1 x 1 convolutions."""
+    """Return the sites whose layer a sparse one can stand in for: linear ones and plain convolutions."""
     return [site.name for site in sites if not site.tied and _fits(site.module(model))]
 
 
 def _fits(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
-        return module.kernel_size == (1, 1) and module.groups == 1 and module.padding in {(0, 0), "valid", "same"}
-    return type(module) is nn.Linear
+    return type(module) is nn.Linear or SparseConv2d.fits(module)
 
 
 def entries_of(structures: Mapping[str, Structure]) -> dict[str, EntrySparse]:
@@ -103,14 +101,16 @@ def _replace_(model: nn.Module, site: Site, mask: Tensor) -> None:
 def _dense(module: nn.Module) -> nn.Module:
     linear = module.linear if isinstance(module, SparseConv2d) else module
     assert isinstance(linear, SparseLinear)
-    weight, bias = linear.to_dense().detach(), linear.bias
+    bias = linear.bias
     new: nn.Linear | nn.Conv2d
     if isinstance(module, SparseConv2d):
-        weight = weight[:, :, None, None]
+        weight, window = module.to_dense().detach().contiguous(), module.window
         new = nn.Conv2d(
-            linear.in_features, linear.out_features, 1, stride=module.stride, bias=bias is not None, device="meta"
-        )
+            weight.shape[1], weight.shape[0], window.size, stride=window.stride, padding=window.padding,
+            dilation=window.dilation, bias=bias is not None, device="meta",
+        )  # fmt: skip
     else:
+        weight = linear.to_dense().detach()
         new = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
     new.weight, new.bias = nn.Parameter(weight, requires_grad=linear.values.requires_grad), bias
     return new.train(module.training)

@@ -229,7 +229,7 @@ class SparseLinear(nn.Module):
         best = dict.fromkeys(ways, float("inf"))
         for _ in range(_ROUNDS):  # interleaved, so that a burst of other work hits all of them
             for way in ways:
-                best[way] = min(best[way], _seconds(lambda way=way: runs[way](x)))  # type: ignore[misc]
+                best[way] = min(best[way], seconds(lambda way=way: runs[way](x)))  # type: ignore[misc]
         return min(ways, key=lambda way: best[way])
 
     def _product(self, way: Way) -> Product:
@@ -287,7 +287,7 @@ def _shared_rows(mask: Tensor) -> int:
 
 
 @torch.no_grad()
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Return the least seconds of one run, after one of warming up."""
     run()
     times = []

@@ -1,9 +1,10 @@
 """Put sparse layers in place of those whose zeros make them faster.
 
-The model is run once on example inputs to see how many samples each layer gets; each linear layer or 1 x 1 convolution
-with enough zeros is then timed as a `SparseLinear` at that size, and replaced where another way than the dense product
-is fastest. Whatever made the zeros (masks, `compress` with `structures.Unstructured`) does not matter. Outputs of the
-new model are compared with those of the old one.
+The model is run once on example inputs to see what each layer gets; each linear layer or 1 x 1 convolution with enough
+zeros is then timed as a `SparseLinear` at that size, and replaced where another way than the dense product is fastest;
+a convolution with a larger kernel where the sparse one takes less time on these inputs. Whatever made the zeros (masks,
+`compress` with `structures.Unstructured`) does not matter. Outputs of the new model are compared with those of the old
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .sparse_conv import SparseConv2d
-from .sparse_linear import SparseLinear, Way
+from .sparse_linear import SparseLinear, Way, seconds
 
 _CLOSE = 1e-4
 """Largest difference between outputs, relative to the largest of the old model's, that rounding explains."""
@@ -76,14 +77,19 @@ def use_sparse(model: nn.Module, inputs: Sequence[Any], *, least: float = 0.3) -
     candidates = {
         name: module
         for name, module in new.named_modules()
-        if _pointwise(module) and owners[id(module.weight)] == 1 and _zeros(module) >= least
+        if _known(module) and owners[id(module.weight)] == 1 and _zeros(module) >= least
     }
     samples: dict[str, int] = {}
+    images: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
             width = output.shape[-1] if isinstance(module, nn.Linear) else module.out_channels
-            samples[name] = max(samples.get(name, 0), output.numel() // int(width))  # type: ignore[arg-type]
+            count = output.numel() // int(width)  # type: ignore[arg-type]
+            if count > samples.get(name, 0):
+                samples[name] = count
+                if not isinstance(module, nn.Linear) and arguments:
+                    images[name] = arguments[0]
 
         return hook
 
@@ -100,6 +106,8 @@ def use_sparse(model: nn.Module, inputs: Sequence[Any], *, least: float = 0.3) -
         made: SparseLinear | SparseConv2d
         made = (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d).from_dense(module, mask)
         way = (made if isinstance(made, SparseLinear) else made.linear).fastest(samples[name])
+        if isinstance(made, SparseConv2d) and made.window.size != (1, 1):
+            way = _compared(made, module, images.get(name))
         found.append(SparseLayer(name, float(mask.double().mean()), samples[name], way))
         if way != "dense" and name:
             new.set_submodule(name, made, strict=True)
@@ -109,10 +117,19 @@ def use_sparse(model: nn.Module, inputs: Sequence[Any], *, least: float = 0.3) -
     return MadeSparse(new, tuple(found))
 
 
-def _pointwise(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
-        return module.kernel_size == (1, 1) and module.groups == 1 and module.padding in {(0, 0), "valid", "same"}
-    return type(module) is nn.Linear
+def _known(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or SparseConv2d.fits(module)
+
+
+def _compared(made: SparseConv2d, module: nn.Module, images: Tensor | None) -> Way:
+    """Return "native" where a sparse convolution takes less time on these images than the dense one, else "dense"."""
+    if images is None:  # it was called by keyword
+        return "dense"
+    made.linear.way = "native"
+    best = [float("inf")] * 2
+    for _ in range(3):  # interleaved, so that a burst of other work hits both
+        best = [min(b, seconds(lambda run=run: run(images))) for b, run in zip(best, (made, module))]  # type: ignore[misc]
+    return "native" if best[0] < best[1] else "dense"
 
 
 def _zeros(module: nn.Module) -> float:
