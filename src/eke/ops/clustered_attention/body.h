@@ -18,6 +18,7 @@ constexpr i64 WAITING = 256;     // candidates for the largest k, before they ar
 inline i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a < b ? b : a; }
+inline float most_of(float a, float b) { return a < b ? b : a; }
 inline vec load(const float* p) { return *(const vec*)p; }
 inline void store(float* p, vec v) { *(vec*)p = v; }
 inline vec all(float f) { return vec{} + f; }
@@ -98,30 +99,79 @@ void product(const Product& p, i64 rows, i64 n, i64 depth) {
     }
 }
 
-// in (rows, cols) with a stride, out (cols, wide): turned, zeros from `rows` on.
-void turn(const float* in, i64 stride, i64 rows, i64 cols, float* out, i64 wide) {
-  for (i64 c = 0; c < cols; c++) {
-    float* o = out + c * wide;
-    for (i64 r = 0; r < rows; r++) o[r] = in[r * stride + c];
-    for (i64 r = rows; r < wide; r++) o[r] = 0.0f;
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// gcc 12 counts up to sizes that no tensor has.
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+
+// Rows that `at` gives by their number, `cols` long, turned: out (cols, wide), zeros from `rows` on.
+template <class At> inline void turn(At at, i64 rows, i64 cols, float* out, i64 wide) {
+  i64 r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const float *p = at(r), *q = at(r + 1), *s = at(r + 2), *t = at(r + 3);
+    i64 c = 0;
+    for (; c + 4 <= cols; c += 4) {
+      const four x = *(const four*)(p + c), y = *(const four*)(q + c), z = *(const four*)(s + c);
+      const four w = *(const four*)(t + c);
+      const four low = __builtin_shufflevector(x, y, 0, 4, 1, 5), high = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+      const four low2 = __builtin_shufflevector(z, w, 0, 4, 1, 5), high2 = __builtin_shufflevector(z, w, 2, 6, 3, 7);
+      float* o = out + c * wide + r;
+      *(four*)o = __builtin_shufflevector(low, low2, 0, 1, 4, 5);
+      *(four*)(o + wide) = __builtin_shufflevector(low, low2, 2, 3, 6, 7);
+      *(four*)(o + 2 * wide) = __builtin_shufflevector(high, high2, 0, 1, 4, 5);
+      *(four*)(o + 3 * wide) = __builtin_shufflevector(high, high2, 2, 3, 6, 7);
+    }
+    for (; c < cols; c++) {
+      float* o = out + c * wide + r;
+      o[0] = p[c]; o[1] = q[c]; o[2] = s[c]; o[3] = t[c];
+    }
   }
+  for (; r < rows; r++) {
+    const float* p = at(r);
+    float* o = out + r;
+    for (i64 c = 0; c < cols; c++, o += wide) *o = p[c];
+  }
+  if (rows < wide)
+    for (i64 c = 0; c < cols; c++) memset(out + c * wide + rows, 0, (wide - rows) * sizeof(float));
+}
+inline void turn(const float* in, i64 stride, i64 rows, i64 cols, float* out, i64 wide) {
+  turn([=](i64 r) { return in + r * stride; }, rows, cols, out, wide);
 }
 
+#if LANES == 16
+template <class V> inline V turned(V v, int by) {
+  return by == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+         : by == 4 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+         : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                   : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+inline float total(vec v) {
+  for (int by = 8; by; by /= 2) v += turned(v, by);
+  return v[0];
+}
+inline float highest(vec v) {
+  for (int by = 8; by; by /= 2) { const vec x = turned(v, by); v = x > v ? x : v; }
+  return v[0];
+}
+// A bit for each entry above.
+inline u64 above(vec v, float floor) { return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(floor), _CMP_GT_OQ); }
+#else
 inline float total(vec v) {
   float s = 0.0f;
   for (i64 l = 0; l < W; l++) s += v[l];
   return s;
 }
-
-inline bool any(ints mask) {
-#if LANES == 16
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-  i64 found = 0;
-  for (i64 l = 0; l < W; l++) found |= mask[l];
-  return found != 0;
-#endif
+inline float highest(vec v) {
+  float s = v[0];
+  for (i64 l = 1; l < W; l++) s = v[l] > s ? v[l] : s;
+  return s;
 }
+inline u64 above(vec v, float floor) {
+  u64 found = 0;
+  for (i64 l = 0; l < W; l++) found |= (u64)(v[l] > floor) << l;
+  return found;
+}
+#endif
 
 // The largest entries of a row, of equal ones the first.
 struct Largest {
@@ -173,7 +223,7 @@ struct Room {
 
 struct Attend {
   i64 dims, wide, panels, most_keys;
-  float *turned, *rows, *values, *rest, *own_keys, *own_values, *own_rows, *own_logits, *own_out;
+  float *turned, *scaled, *rows, *values, *rest, *own_keys, *own_values, *own_rows, *own_logits, *own_out;
   float *mass, *sums;
   int32_t *chosen, *order, *first;
   Largest* largest;
@@ -184,6 +234,7 @@ struct Attend {
     for (i64 h = 0; h < c.heads; h++) top = most(top, least(c.topk[h], c.keys));
     dims = up(c.dim, W); wide = up(c.values, W); panels = up(c.keys, PANEL); most_keys = most(up(top, W), W);
     turned = room.take(panels * c.dim);
+    scaled = room.take(TOGETHER * c.dim);
     rows = room.take(TOGETHER * panels);
     values = room.take(DEPTH * wide);
     rest = room.take(TOGETHER * wide);
@@ -212,36 +263,67 @@ void sort(const i64* groups, i64 length, i64 clusters, int32_t* order, int32_t* 
     if (groups[t] >= 0) order[first[groups[t] + 1]++] = (int32_t)t;
 }
 
-// The largest k of a row of logits; returns how many there are (fewer where fewer keys are real). The rest of a large
-// choice, beyond what the waiting room holds, is found by repeated passes below the last floor.
-i64 choose(const float* row, i64 keys, i64 wanted, Largest& l, int32_t* chosen, float* top) {
-  float high = -INFINITY;
+// Something that at least `wanted` entries are above, but not many more; as the entries of a normal distribution lie.
+float floor_for(const float* row, i64 keys, i64 wanted, float top) {
+  vec sum = vec{}, squares = vec{};
+  ints counted = ints{};
+  for (i64 e = 0; e < keys; e += W) {
+    const vec x = load(row + e);
+    const auto real = x > -1e30f;
+    const vec y = real ? x - all(top) : vec{};
+    sum += y;
+    squares += y * y;
+    counted -= (ints)real;
+  }
+  i64 n = 0;
+  for (i64 l = 0; l < W; l++) n += counted[l];
+  if (n <= wanted) return -INFINITY;
+  const float mean = total(sum) / n, spread = sqrtf(most_of(total(squares) / n - mean * mean, 0.0f));
+  float low = -INFINITY, high = top, guess = top + mean + spread * (sqrtf(2.0f * logf((float)n / wanted)) - 0.4f);
+  float step = 0.5f * spread;
+  for (int turn = 0; turn < 8 && guess < high && guess > low; turn++) {
+    ints more = ints{};
+    for (i64 e = 0; e < keys; e += W) more -= (ints)(load(row + e) > all(guess));
+    i64 found = 0;
+    for (i64 l = 0; l < W; l++) found += more[l];
+    if (found >= wanted) {
+      low = guess;
+      if (found <= 2 * wanted + 16) break;
+    } else {
+      high = guess;
+    }
+    guess = low > -INFINITY ? 0.5f * (low + high) : guess - step;
+    step *= 2.0f;
+  }
+  return low;
+}
+
+// The largest k of a row of logits; returns how many there are (fewer where fewer keys are real). What a large choice
+// holds beyond the waiting room is found by more passes, below the last one's least.
+i64 choose(const float* row, i64 keys, i64 wanted, Largest& l, int32_t* chosen, float top) {
   i64 found = 0;
   float ceiling = INFINITY;
   i64 last = -1;  // among entries equal to the ceiling, those up to here are chosen already
   do {
     l.count = 0;
     l.wanted = least(wanted - found, WAITING / 2);
-    l.floor = -INFINITY;
-    for (i64 e = 0; e < keys; e += W) {
-      const vec x = load(row + e);
-      if (!any((ints)(x > all(l.floor)))) continue;
-      for (i64 i = e; i < least(e + W, keys); i++)
-        if (row[i] < ceiling || (row[i] == ceiling && i > last)) l.offer(row[i], i);
-    }
+    l.floor = found ? -INFINITY : floor_for(row, keys, l.wanted, top);
+    for (i64 e = 0; e < keys; e += W)
+      for (u64 bits = above(load(row + e), l.floor); bits; bits &= bits - 1) {
+        const i64 i = e + __builtin_ctzll(bits);
+        if (i < keys && (row[i] < ceiling || (row[i] == ceiling && i > last))) l.offer(row[i], i);
+      }
     if (l.count > l.wanted) l.thin();
     if (!l.count) break;
     i64 lowest = 0;
     for (i64 i = 0; i < l.count; i++) {
       chosen[found + i] = l.at[i];
-      if (l.value[i] > high) high = l.value[i];
       if (l.before(lowest, i)) lowest = i;
     }
     found += l.count;
     ceiling = l.value[lowest];
     last = l.at[lowest];
   } while (found < wanted);
-  *top = high;
   return found;
 }
 
@@ -266,6 +348,10 @@ void own_part(const Call& c, const Attend& w, i64 b, i64 h, i64 from, i64 to, i6
     if (count) {
       for (i64 r = 0; r < n; r++) {
         const float* q = row_of(c.q, b, h, w.order[t + r]);
+        if (t + r + ROWS < to) {
+          const float* soon = row_of(c.q, b, h, w.order[t + r + ROWS]);
+          for (i64 e = 0; e < c.dim; e += 16) __builtin_prefetch(soon + e);
+        }
         for (i64 e = 0; e < c.dim; e++) w.own_rows[r * c.dim + e] = c.scale * q[e];
       }
       product({w.own_rows, c.dim, w.own_keys, wide, w.own_logits, wide, false}, n, wide, c.dim);
@@ -276,7 +362,9 @@ void own_part(const Call& c, const Attend& w, i64 b, i64 h, i64 from, i64 to, i6
       if (count && mass > 0.0f) {
         float *row = w.own_logits + r * wide, top = -INFINITY;
         for (i64 e = count; e < wide; e++) row[e] = -INFINITY;
-        for (i64 e = 0; e < count; e++) top = row[e] > top ? row[e] : top;
+        vec high = load(row);
+        for (i64 e = W; e < wide; e += W) { const vec x = load(row + e); high = x > high ? x : high; }
+        top = highest(high);
         const float sum = exponentials(row, wide, top), by = mass / sum;
         for (i64 e = 0; e < wide; e += W) store(row + e, load(row + e) * all(by));
         lse = top + logf(sum / mass);
@@ -297,21 +385,19 @@ void own_part(const Call& c, const Attend& w, i64 b, i64 h, i64 from, i64 to, i6
 void shared_part(const Call& c, const Attend& w, i64 b, i64 h, i64 begin, i64 n, i64 topk, i64* counts, float* lse) {
   const bool keyless = c.mask && !memchr(c.mask + b * c.keys, 1, c.keys);
   const float* centres = c.centres + ((b * c.heads + h) * c.clusters + begin) * c.dim;
+  for (i64 e = 0; e < n * c.dim; e++) w.scaled[e] = c.scale * centres[e];
   for (i64 e = 0; e < w.panels; e += PANEL)
-    product({centres, c.dim, w.turned + e * c.dim, PANEL, w.rows + e, w.panels, false}, n, PANEL, c.dim);
+    product({w.scaled, c.dim, w.turned + e * c.dim, PANEL, w.rows + e, w.panels, false}, n, PANEL, c.dim);
   for (i64 m = 0; m < n; m++) {
     float *row = w.rows + m * w.panels, top = -INFINITY;
-    for (i64 e = 0; e < w.panels; e += W) store(row + e, load(row + e) * all(c.scale));
     if (c.mask)
       for (i64 e = 0; e < c.keys; e++) row[e] = c.mask[b * c.keys + e] ? row[e] : -INFINITY;
     for (i64 e = c.keys; e < w.panels; e++) row[e] = -INFINITY;
     int32_t* chosen = w.chosen + m * w.most_keys;
-    counts[m] = topk ? choose(row, c.keys, topk, *w.largest, chosen, &top) : 0;
-    if (!topk) {
-      vec high = all(-INFINITY);
-      for (i64 e = 0; e < w.panels; e += W) { const vec x = load(row + e); high = x > high ? x : high; }
-      for (i64 l = 0; l < W; l++) top = high[l] > top ? high[l] : top;
-    }
+    vec high = all(-INFINITY);
+    for (i64 e = 0; e < w.panels; e += W) { const vec x = load(row + e); high = x > high ? x : high; }
+    top = highest(high);
+    counts[m] = topk ? choose(row, c.keys, topk, *w.largest, chosen, top) : 0;
     if (keyless) {
       memset(row, 0, w.panels * sizeof(float));
       w.mass[m] = w.sums[m] = 0.0f;
@@ -359,13 +445,9 @@ void attend_head(const Call& c, i64 b, i64 h, float* memory) {
       const i64 from = w.first[begin + m], to = w.first[begin + m + 1], count = counts[m], wide = up(most(count, 1), W);
       if (from == to) continue;
       const int32_t* chosen = w.chosen + m * w.most_keys;
-      for (i64 i = 0; i < count; i++) {
-        const float* key = row_of(c.k, b, h, chosen[i]);
-        for (i64 e = 0; e < c.dim; e++) w.own_keys[e * wide + i] = key[e];
+      turn([&](i64 i) { return row_of(c.k, b, h, chosen[i]); }, count, c.dim, w.own_keys, wide);
+      for (i64 i = 0; i < count; i++)
         copy_row(row_of(c.v, b, h, chosen[i]), c.values, w.own_values + i * w.wide, w.wide);
-      }
-      for (i64 i = count; i < wide; i++)
-        for (i64 e = 0; e < c.dim; e++) w.own_keys[e * wide + i] = 0.0f;
       own_part(c, w, b, h, from, to, count, w.rest + m * w.wide, w.mass[m], lse[m]);
     }
   }
@@ -408,53 +490,69 @@ void prepare(const Call& c, const Lloyd& w, i64 at, i64 used) {
   }
 }
 
-template <int R> inline void nearest(const Lloyd& w, const float* points, i64 stride, i64 dim, i64* groups) {
+// Products of R points with N vectors of centres from p on; keeps the best of each lane and where it was.
+template <int R, int N>
+inline void compare(const Lloyd& w, const float* points, i64 stride, i64 dim, i64 p, vec* best, ints* place) {
+  const float* b = w.turned + p * dim;
+  vec acc[R][N];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < N; v++) acc[r][v] = load(w.half + p + v * W);
+  for (i64 k = 0; k < dim; k++) {
+    vec right[N];
+    for (int v = 0; v < N; v++) right[v] = load(b + k * PANEL + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vec left = all(points[r * stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < N; v++) acc[r][v] += left * right[v];
+    }
+  }
+  ints lanes;
+  for (i64 l = 0; l < W; l++) lanes[l] = (int32_t)l;
+  for (int v = 0; v < N; v++) {
+    const ints here = lanes + (int32_t)(p + v * W);
+    for (int r = 0; r < R; r++) {
+      const auto more = acc[r][v] > best[r];
+      best[r] = more ? acc[r][v] : best[r];
+      place[r] = more ? here : place[r];
+    }
+  }
+}
+
+template <int R> inline void nearest(const Lloyd& w, const float* points, i64 stride, i64 dim, i64 used, i64* groups) {
   vec best[R];
   ints place[R];
   for (int r = 0; r < R; r++) { best[r] = all(-INFINITY); place[r] = ints{}; }
-  ints lanes;
-  for (i64 l = 0; l < W; l++) lanes[l] = (int32_t)l;
-  for (i64 p = 0; p < w.wide; p += PANEL) {
-    const float* b = w.turned + p * dim;
-    vec acc[R][COLS];
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < COLS; v++) acc[r][v] = load(w.half + p + v * W);
-    for (i64 k = 0; k < dim; k++) {
-      vec right[COLS];
-      for (int v = 0; v < COLS; v++) right[v] = load(b + k * PANEL + v * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const vec left = all(points[r * stride + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < COLS; v++) acc[r][v] += left * right[v];
-      }
-    }
-    for (int v = 0; v < COLS; v++) {
-      const ints here = lanes + (int32_t)(p + v * W);
-      for (int r = 0; r < R; r++) {
-        const auto more = acc[r][v] > best[r];
-        best[r] = more ? acc[r][v] : best[r];
-        place[r] = more ? here : place[r];
-      }
-    }
+  i64 p = 0;
+  for (; p + PANEL < used; p += PANEL) compare<R, COLS>(w, points, stride, dim, p, best, place);
+  switch (up(used - p, W) / W) {
+    case 1: compare<R, 1>(w, points, stride, dim, p, best, place); break;
+    case 2: compare<R, 2>(w, points, stride, dim, p, best, place); break;
+    default: compare<R, COLS>(w, points, stride, dim, p, best, place);
   }
   for (int r = 0; r < R; r++) {
+#if LANES == 16
+    ints first = best[r] == all(highest(best[r])) ? place[r] : ints{} + INT32_MAX;
+    for (int by = 8; by; by /= 2) { const ints x = turned(first, by); first = x < first ? x : first; }
+    groups[r] = first[0] == INT32_MAX ? 0 : first[0];
+#else
     float top = best[r][0];
     int32_t where = place[r][0];
     for (i64 l = 1; l < W; l++)
       if (best[r][l] > top || (best[r][l] == top && place[r][l] < where)) { top = best[r][l]; where = place[r][l]; }
     groups[r] = where;
+#endif
   }
 }
 
-void assign(const Call& c, const Lloyd& w, i64 b, i64 h) {
+void assign(const Call& c, const Lloyd& w, i64 b, i64 h, i64 used) {
   i64* groups = c.groups + (b * c.heads + h) * c.length;
   for (i64 t = 0; t < c.length; t += ROWS) {
     const float* points = row_of(c.q, b, h, t);
     if (c.length - t >= ROWS) {
-      nearest<ROWS>(w, points, c.q.time, c.dim, groups + t);
+      nearest<ROWS>(w, points, c.q.time, c.dim, used, groups + t);
     } else {
-      for (i64 r = t; r < c.length; r++) nearest<1>(w, row_of(c.q, b, h, r), 0, c.dim, groups + r);
+      for (i64 r = t; r < c.length; r++) nearest<1>(w, row_of(c.q, b, h, r), 0, c.dim, used, groups + r);
     }
   }
   if (c.query_mask)
@@ -480,7 +578,7 @@ void lloyd_head(const Call& c, i64 b, i64 h, float* memory) {
   const i64 at = b * c.heads + h, used = least(c.used[h], c.clusters);
   for (i64 step = 0; step < c.iterations; step++) {
     prepare(c, w, at, used);
-    assign(c, w, b, h);
+    assign(c, w, b, h, used);
     if (step + 1 == c.iterations) break;
     sum_up(c, w.sums, w.counts, b, h);
     for (i64 j = 0; j < used; j++) {
