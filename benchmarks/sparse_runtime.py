@@ -2,8 +2,8 @@
 
 Question: linear layers with entries anywhere, as unstructured pruning leaves them, in float32: a three-layer network
 1024-1024-1024-1024 with ReLU at several sparsities and batches; where the native kernel crosses over against the dense
-product, batch by batch; masks with structure (rows that share their columns, rows and columns without entries); a 1 x 1
-convolution; a training step.
+product, batch by batch; masks with structure (rows that share their columns, rows and columns without entries);
+convolutions with kernels of 1 x 1, 3 x 3 and 5 x 5; a training step.
 Rivals: `nn.Linear`; torch's CSR matrices, the faster of `W @ x^T` with activations kept turned through the whole
 network (turned once on the way in and once on the way out) and of CSR weights in `nn.functional.linear`; eke's
 `SparseLinear` by its native kernel, and by the way it measured to be fastest ("auto").
@@ -13,7 +13,7 @@ Method: rivals interleaved, lower quartiles; time of the thread where there is o
 found by bisection between sparsities at which each side was faster, to 1 %.
 
     python benchmarks/sparse_runtime.py [--threads 1] [--seconds 0.4] [--json benchmarks/results/sparse_runtime.json]
-        [--crossings] [--smoke]
+        [--crossings | --kernels] [--smoke]
 """
 
 from __future__ import annotations
@@ -197,12 +197,14 @@ def compact_case(size: int, batch: int, *, seconds: float) -> dict[str, Any]:
     return row
 
 
-def convolution_case(channels: int, side: int, batch: int, *, seconds: float) -> dict[str, Any]:
-    """A 1 x 1 convolution, 90 % sparse, in both memory formats."""
+def convolution_case(
+    channels: int, side: int, batch: int, *, seconds: float, kernel: int = 1, sparsity: float = 0.9
+) -> dict[str, Any]:
+    """A convolution in both memory formats, larger kernels by the native product."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(channels, channels, 1)
-    mask = random_mask(channels, channels, 0.9)[:, :, None, None]
-    layer = SparseConv2d.from_dense(conv, mask)
+    conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+    mask = random_mask(channels, channels * kernel**2, sparsity).view_as(conv.weight)
+    layer = SparseConv2d.from_dense(conv, mask, way=None if kernel == 1 else "native")
     with torch.no_grad():
         conv.weight.mul_(mask)
     images = torch.randn(batch, channels, side, side)
@@ -217,14 +219,24 @@ def convolution_case(channels: int, side: int, batch: int, *, seconds: float) ->
         timed = interleaved(runs, seconds, clock=clock)
     best = min(timed[name] for name in timed if name.startswith("dense"))
     row = {
-        "channels": channels, "side": side, "batch": batch,
+        "kernel": kernel, "sparsity": sparsity, "channels": channels, "side": side, "batch": batch,
         "microseconds": {name: round(v * 1e6, 1) for name, v in timed.items()},
         "best_dense_over_eke": {
             name.partition(", ")[2]: round(best / timed[name], 3) for name in timed if name.startswith("eke")
         },
     }  # fmt: skip
-    print(f"1 x 1 convolution: {row}", flush=True)
+    print(f"{kernel} x {kernel} convolution: {row}", flush=True)
     return row
+
+
+def kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Convolutions with larger kernels: (kernel, channels, side, batch) as in residual nets."""
+    shapes = [(3, 64, 32, 1), (3, 64, 32, 8), (3, 128, 16, 8), (3, 256, 8, 8), (3, 512, 4, 1), (3, 512, 4, 8)]
+    shapes = [(3, 8, 6, 2)] if arguments.smoke else [*shapes, (5, 64, 16, 8)]
+    return [
+        convolution_case(c, side, n, kernel=k, sparsity=s, seconds=arguments.seconds)
+        for k, c, side, n in shapes for s in ((0.9,) if arguments.smoke else (0.7, 0.8, 0.9, 0.95))
+    ]  # fmt: skip
 
 
 def training_case(size: int, sparsity: float, batch: int, *, seconds: float) -> dict[str, Any]:
@@ -276,6 +288,7 @@ def measured(threads: int, arguments: argparse.Namespace) -> dict[str, Any]:
             convolution_case(c, s, n, seconds=seconds)
             for c, s, n in ([(32, 7, 2)] if smoke else [(256, 14, 1), (256, 14, 8), (512, 7, 8)])
         ],
+        "kernels": kernels(arguments),
         "training": [
             training_case(size, s, n, seconds=seconds)
             for n in ((32,) if smoke else (32, 256)) for s in ((0.9,) if smoke else (0.7, 0.9, 0.98))
@@ -291,13 +304,17 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes: seconds, no conclusions")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--crossings", action="store_true", help="measure them alone and put them into the file")
+    parser.add_argument("--kernels", action="store_true", help="likewise larger kernels")
     arguments = parser.parse_args()
     kept_memory()
-    if arguments.crossings:
+    if arguments.crossings or arguments.kernels:
         document = json.loads(arguments.json.read_text())
         for run in document["runs"]:
             torch.set_num_threads(run["threads"])
-            run["summary"]["crossings"] = crossings(arguments)
+            if arguments.crossings:
+                run["summary"]["crossings"] = crossings(arguments)
+            if arguments.kernels:
+                run["kernels"] = kernels(arguments)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
         return
     runs = [measured(threads, arguments) for threads in arguments.threads]

@@ -32,6 +32,11 @@ def check_runtime(document):
             assert row["error"] < 1e-4
             assert row["dense_over_eke"] == pytest.approx(times["dense"] / times["eke"], rel=0.02)
             assert row["csr_over_eke"] == pytest.approx(times["csr"] / times["eke"], rel=0.02)
+        for row in result["kernels"]:
+            times = row["microseconds"]
+            dense = min(times["dense, contiguous"], times["dense, channels last"])
+            for kind, ratio in row["best_dense_over_eke"].items():
+                assert ratio == pytest.approx(dense / times[f"eke, {kind}"], rel=0.02)
         at = {(row["sparsity"], row["batch"]): row for row in result["networks"]}
         assert result["summary"]["dense_over_eke_at_90_batch_32"] == at[0.9, 32]["dense_over_eke"]
         assert result["summary"]["csr_over_eke_at_90_batch_32"] == at[0.9, 32]["csr_over_eke"]
@@ -54,6 +59,20 @@ def test_the_committed_runtimes_are_whole():
     assert document["smoke"] is False
     assert {(row["sparsity"], row["batch"]) for row in document["runs"][0]["networks"]} >= {(0.7, 32), (0.9, 32)}
     check_runtime(document)
+    kernels = {
+        (row["kernel"], row["channels"], row["side"], row["batch"], row["sparsity"]): row["best_dense_over_eke"]
+        for row in document["runs"][0]["kernels"]
+    }
+    page = (RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    for place, line in {
+        (3, 64, 32, 1): "3 x 3, 64, 32 x 32, 1", (3, 64, 32, 8): "3 x 3, 64, 32 x 32, 8",
+        (3, 128, 16, 8): "3 x 3, 128, 16 x 16, 8", (3, 256, 8, 8): "3 x 3, 256, 8 x 8, 8",
+        (3, 512, 4, 1): "3 x 3, 512, 4 x 4, 1", (3, 512, 4, 8): "3 x 3, 512, 4 x 4, 8",
+        (5, 64, 16, 8): "5 x 5, 64, 16 x 16, 8",
+    }.items():  # fmt: skip
+        found = [kernels[*place, sparsity] for sparsity in (0.7, 0.8, 0.9, 0.95)]
+        cells = [f"{row['channels last']:.2f} / {row['contiguous']:.2f}" for row in found]
+        assert f"| {line} | {' | '.join(cells)} |" in page.replace("**", "")
 
 
 def test_the_committed_pruning_is_whole():
