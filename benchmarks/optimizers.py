@@ -10,8 +10,8 @@ the factor is not diagonal in it, Eschenhagen et al. 2025) and K-FAC (eke's engi
 chosen with seed 100, and then three other seeds. All share data order, initial values, constant rates after 20 steps of
 warm-up, no weight decay.
 Method: the target is the median over seeds of AdamW's loss at 75 % of its steps; its setting is the one with the lowest
-loss there. A rival's setting is the one that gets to the target of seed 100 in the fewest seconds, where up to 10 % more,
-the noise of the clock, count as equal and the lower loss decides (where none does, the one with the lowest loss); a
+loss there. A rival's setting is the one that gets to the target of seed 100 in the fewest seconds; 10 % more,
+the noise of the clock, count as equal, and the lower loss decides (where none does, the one with the lowest loss); a
 trial ends when it has taken longer than the best. Runs end at the target, at AdamW's number of steps, or at twice
 AdamW's seconds. Loss: on 500 training examples (64 windows of text) every 10 steps,
 not timed. Seconds are those of the thread, one thread; `--costs` measures steps of all optimizers in turns.
@@ -354,7 +354,7 @@ def gate(work: dict[str, Workload]) -> None:
 
 
 def best_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the fewest seconds to the target (of equal ones the lowest loss), else that with the lowest loss."""
+    """The trial with the fewest seconds to the target (of equal ones the lowest loss), else the lowest loss."""
     there = [r for r in runs if r["seconds_to_target"] is not None]
     if there:
         fewest = min(r["seconds_to_target"] for r in there)
