@@ -6,6 +6,7 @@ from .attention_sampling import AttentionSampling
 from .attention_transfer import output_errors, transfer_attention_, weight_divergences
 from .blast import BLASTLinear
 from .cluster_choice import HeadChoice, choose_clusters
+from .cluster_conversion import Clustered, ClusteredLayer, cluster_attention
 from .clustered_attention import ClusteredAttention, Clustering, ImprovedClusteredAttention
 from .conversion import Linearized, LinearizedLayer, linearize
 from .feature_maps import FAVOR, T2R, Hedgehog
@@ -30,7 +31,9 @@ __all__ = [
     "AttentionSampling",
     "AttentionSite",
     "BLASTLinear",
+    "Clustered",
     "ClusteredAttention",
+    "ClusteredLayer",
     "Clustering",
     "Core",
     "FusedStep",
@@ -54,6 +57,7 @@ __all__ = [
     "TransformerBlock",
     "attention_sites",
     "choose_clusters",
+    "cluster_attention",
     "fuse",
     "initial_std",
     "linearize",

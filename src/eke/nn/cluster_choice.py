@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.clustered_attention import Asked, Clusterer, KMeans, gathered, reference
 from .clustered_attention import Clustering
 
-CLUSTERS = (16, 25, 50, 100, 200)
+CLUSTERS = (8, 16, 25, 50, 100, 200)
 
 
 @dataclass(frozen=True)
