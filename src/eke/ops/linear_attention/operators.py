@@ -6,6 +6,7 @@ torch's own operations. Derivatives recompute everything from q, k, v and the de
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ for _schema in (
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernel serves calls there: float32 on a CPU, no transform of torch.func."""
-    if device.type != "cpu" or dtype != torch.float32:
+    """Return whether a kernel serves calls there: float32 on a CPU or a GPU, no transform of torch.func."""
+    if dtype != torch.float32 or device.type not in {"cpu", "cuda"}:
         return False
-    # A compiler need not look into the library: the operator goes in chunks where there is none.
-    return torch.compiler.is_compiling() or (native.available() and not transformed())
+    if torch.compiler.is_compiling():  # need not look into the library: the operator goes in chunks where there is none
+        return True
+    ready = find_spec("triton") is not None if device.type == "cuda" else native.available()
+    return ready and not transformed()
 
 
 def attend(inputs: Inputs, *, feature_map: str, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +63,17 @@ def attend(inputs: Inputs, *, feature_map: str, normalize: bool) -> tuple[Tensor
     return out, memory, keys
 
 
+def _on_gpu(q: Tensor, v: Tensor) -> bool:
+    """Return whether the Triton kernel takes these; torch brings Triton where it supports the GPU."""
+    fits = max(q.shape[-1], v.shape[-1]) <= 128  # columns of the state must fit into registers
+    return q.is_cuda and fits and find_spec("triton") is not None
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, keys: Tensor, feature_map: str, normalize: bool) -> _Four:
+    if _on_gpu(q, v):
+        from . import gpu
+
+        return gpu.forward((q, k, v), (memory, keys), elu=feature_map == "elu", normalize=normalize)
     if q.is_cpu and q.dtype == torch.float32 and native.available():
         return native.forward((q, k, v), (memory, keys), feature_map=native.MAPS[feature_map], normalize=normalize)
     return _in_chunks((q, k, v, memory, keys), feature_map, normalize)
@@ -80,6 +93,11 @@ def _differentiate(*arguments: Any) -> Inputs:
     (q, k, v, memory, keys, out, bottom), grads, (feature_map, normalize) = (
         arguments[:7], arguments[7:10], arguments[10:],
     )  # fmt: skip
+    if _on_gpu(q, v):
+        from . import gpu
+
+        elu = feature_map == "elu"
+        return gpu.backward((q, k, v), (memory, keys), (out, bottom), grads, elu=elu, normalize=normalize)
     if q.is_cpu and q.dtype == torch.float32 and native.available():
         return native.backward(
             (q, k, v), (memory, keys), (out, bottom), grads, feature_map=native.MAPS[feature_map], normalize=normalize
