@@ -25,6 +25,7 @@ from .deploy import Pair
 from .entries import skip_any_, skip_zeros_
 from .factor import StandIn, factor_, fill_, fill_chain_, stand_in
 from .lessons import Lessons
+from .linear_forms import put_in_
 from .solver import Solver, fitting, solved
 from .task import Forward
 
@@ -109,7 +110,10 @@ def blueprint(decisions: Decisions, picks: Mapping[str, int], layout: Layout) ->
                 structures |= {f"{name}.0": fit.grid, f"{name}.1": fit.grid}
         elif fit is not None:
             structures[name] = fit
-    return Blueprint(surgery, layout.folded, layout.memory_format, structures, decisions.removed(picks), factored)
+    converted = {name: form for name, (form, _) in decisions.converted(picks).items()}
+    return Blueprint(
+        surgery, layout.folded, layout.memory_format, structures, decisions.removed(picks), factored, converted
+    )
 
 
 def left_shape(site: Site, surgery: Surgery) -> tuple[int, int]:
@@ -168,6 +172,7 @@ def draft(
     net = cut(model, decisions, picks, sites=sites, curvature=curvature)
     for name, kind in form.removed.items():
         leave_out_(net, name, kind)
+    put_in_(net, form.converted, {name: part for name, (_, part) in decisions.converted(picks).items()})
     here = {site.name: site for site in find(net)}
     members: dict[str, Tensor] = {}
     for site in (f.site for f in decisions.forms):

@@ -33,6 +33,7 @@ from .checkpoint import read_json, sha256, write_json
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
 from .entries import skip_zeros_, with_zeros
 from .factor import StandIn, factor_
+from .linear_forms import put_in_
 from .original import check_filled, check_module, private_copy
 
 FORMAT = "eke artifact 2"
@@ -52,6 +53,7 @@ class Blueprint:
         structures: Structure of each packed matrix by site name, in the reshaped model.
         removed: What the modules became that were left out, by name.
         factored: Rank of each module that became two, or chain of each that became `KSLinear`, by name.
+        converted: What each softmax attention became that is linear now, by name of its module.
     """
 
     surgery: Surgery
@@ -60,6 +62,7 @@ class Blueprint:
     structures: Mapping[str, Structure]
     removed: Mapping[str, BlockKind] = field(default_factory=dict)
     factored: Mapping[str, StandIn] = field(default_factory=dict)
+    converted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def shape_(self, model: nn.Module) -> None:
         """Cut, leave out and factor a model of the original architecture in place.
@@ -73,6 +76,7 @@ class Blueprint:
         self.surgery.apply_(model)
         for name, kind in self.removed.items():
             leave_out_(model, name, kind)
+        put_in_(model, self.converted)
         if self.factored:
             by_module = {site.module_name: site for site in find(model)}
             unknown = sorted(set(self.factored) - set(by_module))
@@ -116,6 +120,7 @@ class Blueprint:
                 name: form if isinstance(form, int) else [list(pattern) for pattern in form]
                 for name, form in self.factored.items()
             },
+            "converted": {name: dict(form) for name, form in self.converted.items()},
         }
 
     @classmethod
@@ -152,7 +157,23 @@ class Blueprint:
                 str(name): form if isinstance(form, int) else Chain([tuple(pattern) for pattern in form])
                 for name, form in document["factored"].items()
             },
+            _forms(document.get("converted", {})),
         )
+
+
+def _forms(document: Any) -> dict[str, Mapping[str, Any]]:
+    """Return what attentions became, as a plan says it; older plans convert none.
+
+    Raises:
+        ValueError: if a value has another form.
+    """
+    kinds = {"heads": int, "dim": int, "causal": bool, "beside": bool, "window": int, "feature_map": str}
+    for form in document.values():
+        if not isinstance(form, Mapping) or any(type(form.get(name)) is not kind for name, kind in kinds.items()):
+            raise ValueError(
+                f"The plan converts an attention to {form!r:.80}, which lacks one of {list(kinds)}: restore it."
+            )
+    return {str(name): dict(form) for name, form in document.items()}
 
 
 def _is_form(form: object) -> bool:

@@ -247,6 +247,7 @@ def anchor_options(decisions: Decisions) -> list[tuple[str, int]]:
     # Kinds take turns, so that all of them are known where not everything can be carried out.
     kinds = [
         [b.choice for b in decisions.blocks],
+        [a.choice for a in decisions.attentions],
         [w.choice for w in decisions.widths],
         [f.choice for f in decisions.forms],
     ]
@@ -363,6 +364,7 @@ def plan_loss(decisions: Decisions, picks: Mapping[str, int]) -> float:
     """Return the sum of the predicted losses of a plan's options; nothing for what a block that is left out holds."""
     gone = [block for block in decisions.blocks if picks.get(block.choice, 0)]
     held = {f.choice for f in decisions.forms if any(block.holds(f.site.module_name) for block in gone)}
+    held |= {a.choice for a in decisions.attentions if any(block.holds(a.name) for block in gone)}
     losses = decisions.losses
     return sum(losses[choice][option] for choice, option in picks.items() if choice not in held)
 

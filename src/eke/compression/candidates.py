@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -125,17 +125,48 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Candidates of one softmax attention: linear beyond windows.
+
+    Args:
+        name: Of the module that attends.
+        forms: What it becomes, plain values, one a candidate; the first is None and leaves it as it is.
+        losses: Predicted loss of each candidate.
+        rises: The first-order part of each loss.
+        parts: What was learned, one a candidate but the first.
+    """
+
+    name: str
+    forms: tuple[Mapping[str, Any] | None, ...]
+    losses: tuple[float, ...]
+    rises: tuple[float, ...]
+    parts: tuple[Any, ...] = field(compare=False, repr=False)
+
+    @property
+    def choice(self) -> str:
+        """Name of the decision."""
+        return f"attention:{self.name}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each candidate is, in words."""
+        return tuple("softmax" if f is None else f"{f['feature_map']}, window {f['window']}" for f in self.forms)
+
+
+@dataclass(frozen=True)
 class Decisions:
     """Everything that may be decided about a model."""
 
     widths: tuple[Widths, ...] = ()
     forms: tuple[Forms, ...] = ()
     blocks: tuple[Block, ...] = ()
+    attentions: tuple[Attention, ...] = ()
 
     @property
     def losses(self) -> dict[str, tuple[float, ...]]:
         """Predicted losses of the options, by decision."""
         found = {w.choice: w.losses for w in self.widths} | {f.choice: f.losses for f in self.forms}
+        found |= {a.choice: a.losses for a in self.attentions}
         return found | {b.choice: (0.0, b.loss) for b in self.blocks}
 
     @property
@@ -143,6 +174,7 @@ class Decisions:
         """First-order parts of the predicted losses, by decision."""
         found = {w.choice: w.rises or (0.0,) * len(w.losses) for w in self.widths}
         found |= {f.choice: f.rises or (0.0,) * len(f.losses) for f in self.forms}
+        found |= {a.choice: a.rises for a in self.attentions}
         return found | {b.choice: (0.0, b.rise) for b in self.blocks}
 
     def with_losses(self, losses: Mapping[str, Sequence[float]]) -> Decisions:
@@ -151,6 +183,7 @@ class Decisions:
             tuple(replace(w, losses=tuple(losses[w.choice])) for w in self.widths),
             tuple(replace(f, losses=tuple(losses[f.choice])) for f in self.forms),
             tuple(replace(b, loss=float(losses[b.choice][1])) for b in self.blocks),
+            tuple(replace(a, losses=tuple(losses[a.choice])) for a in self.attentions),
         )
 
     def surgery(self, picks: Mapping[str, int]) -> Surgery:
@@ -161,6 +194,17 @@ class Decisions:
     def removed(self, picks: Mapping[str, int]) -> dict[str, BlockKind]:
         """Return what the modules become that a plan leaves out, by name."""
         return {block.name: block.kind for block in self.blocks if picks.get(block.choice, 0)}
+
+    def converted(self, picks: Mapping[str, int]) -> dict[str, tuple[Mapping[str, Any], Any]]:
+        """Return form and learned part of each attention that a plan converts and keeps, by name of the module."""
+        gone = [block for block in self.blocks if picks.get(block.choice, 0)]
+        found = {}
+        for attention in self.attentions:
+            option = picks.get(attention.choice, 0)
+            form = attention.forms[option]
+            if form is not None and not any(block.holds(attention.name) for block in gone):
+                found[attention.name] = (form, attention.parts[option - 1])
+        return found
 
     def structures(self, picks: Mapping[str, int]) -> dict[str, Structure]:
         """Return the structure of each matrix that a plan replaces and keeps, by site name."""

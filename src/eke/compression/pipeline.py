@@ -24,6 +24,7 @@ from ..structures import Structure
 from . import apply, measure
 from .arguments import check_budgets
 from .artifact import Blueprint
+from .attentions import Conversion
 from .budget import Budget
 from .candidates import STRUCTURES
 from .checkpoint import Run
@@ -66,6 +67,7 @@ def compress(
     progress: Progress | None = None,
     recipe: Mapping[str, Any] | None = None,
     title: str | None = None,
+    attentions: Conversion | None = None,
 ) -> Result:
     """Make a model cheaper within a budget, and measure what became of it.
 
@@ -96,6 +98,7 @@ def compress(
         progress: Called as the run advances.
         recipe: Kept with the artifact.
         title: Of the report.
+        attentions: How softmax attentions may become linear; None leaves them as they are.
 
     Returns:
         The result; `result.save(folder)` writes the artifact.
@@ -109,6 +112,7 @@ def compress(
             model, batches, loss=loss, budget=budget, evaluate=evaluate, report=report, example=example,
             forward=forward, structures=structures, solver=solver, recovery=recovery, skip=skip, seed=seed,
             threads=threads, seconds=seconds, folder=folder, resume=resume, progress=progress, recipe=recipe,
+            attentions=attentions,
         )  # fmt: skip
     job, run = prepared.job, prepared.run
     with differentiable(), cost.pinned_threads(prepared.threads):

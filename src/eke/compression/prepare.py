@@ -18,6 +18,7 @@ from ..structures import Structure
 from . import measure, pace
 from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
+from .attentions import Conversion
 from .budget import Budget
 from .candidates import STRUCTURES
 from .checkpoint import Run
@@ -70,6 +71,7 @@ def prepare(
     resume: bool = False,
     progress: Progress | None = None,
     recipe: Mapping[str, Any] | None = None,
+    attentions: Conversion | None = None,
 ) -> Prepared:
     """Check what was asked; arguments are those of `compress`.
 
@@ -121,6 +123,7 @@ def prepare(
         seconds=seconds,
         samples=samples,
         progress=progress or (lambda stage, share, text: None),
+        attentions=attentions,
     )
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
     job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, job.evaluate))
@@ -278,5 +281,6 @@ def _recipe(job: Job, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
         "seed": job.seed,
         "skip": list(job.skip),
         "structures": [repr(structure) for structure in job.structures],
+        **({"attentions": repr(job.attentions)} if job.attentions is not None else {}),
         "weights": state_digest(job.model),
     }

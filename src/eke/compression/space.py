@@ -19,6 +19,7 @@ from ..curvature import Curvature
 from ..sites import ChannelGroup, Site, channel_groups, find
 from . import apply, candidates, measure, tables
 from .apply import Draft, Layout
+from .attentions import attention_candidates, attention_costs, with_attention, with_parts
 from .blocks import block_candidates, removable
 from .calibrate import Calibration, Meter, affordable, calibrate, plan_loss, share
 from .candidates import Decisions
@@ -132,6 +133,8 @@ def explore(job: Job, run: Run) -> Space:
             curvature.save(path)
     job.progress("candidates", 0.0, "channel groups: proving every cut")
     groups: list[ChannelGroup] = channel_groups(job.model, measure.few(job.model, job.inputs), ignore=_modules(job))
+    if job.attentions is not None:
+        groups = [group for group in groups if group.unit != "heads"]  # feature maps are those of all heads
     found = run.get("candidates")
     if found is None:
         decisions = _proposed(job, groups, sites, curvature)
@@ -139,6 +142,9 @@ def explore(job: Job, run: Run) -> Space:
         run.put("candidates", candidates.to_json(decisions))
     else:
         decisions = candidates.from_json(found, groups, sites, job.structures)
+        if job.attentions is not None:
+            known = with_parts(attention_candidates(job, job.attentions), found["losses"], found["rises"])
+            decisions = replace(decisions, attentions=known)
     if not decisions.losses:
         raise ValueError(_nothing(job, sites))
     return replace(_with_costs(job, run, sites, curvature, decisions), finish=finish)
@@ -168,7 +174,8 @@ def _proposed(job: Job, groups: Sequence[ChannelGroup], sites: Sequence[Site], c
     )
     job.progress("candidates", 0.8, "blocks that may be left out")
     blocks = block_candidates(job.model, job.loss, job.batches, removable(job.model, known, call, groups=groups))
-    return Decisions(tuple(widths), tuple(forms), tuple(blocks))
+    attentions = [] if job.attentions is None else attention_candidates(job, job.attentions)
+    return Decisions(tuple(widths), tuple(forms), tuple(blocks), tuple(attentions))
 
 
 def _warn_unused(job: Job, forms: Sequence[candidates.Forms], sites: Sequence[Site]) -> None:
@@ -215,9 +222,12 @@ def _with_costs(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
             layout = Layout(tuple(folded), memory_format)
             before = {**measure.costs(job.model, job.inputs), "latency": times["original"]}
             fit = _fitted(job, decisions, layout, times["original"]) if job.timed else None
+            linear = attention_costs(job, decisions.attentions, timed=job.timed)
         known = run.put(
-            "costs", {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit}
-        )
+            "costs",
+            {"folded": folded, "memory_format": memory_format, "times": times, "before": before, "fit": fit,
+             "attentions": linear},
+        )  # fmt: skip
     layout = Layout(tuple((str(layer), str(norm)) for layer, norm in known["folded"]), known["memory_format"])
     macs = measure.own_macs(job.model, job.inputs)
     terms = [
@@ -228,6 +238,7 @@ def _with_costs(job: Job, run: Run, sites: tuple[Site, ...], curvature: Curvatur
         *_memory_terms(job, decisions, layout),
         *_timing_terms(known["fit"], dimensions, counter),
     ]
+    terms = with_attention(terms, corrected.attentions, known.get("attentions", {}), counter=counter)
     return Space(
         job.model,
         sites,

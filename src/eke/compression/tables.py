@@ -220,6 +220,9 @@ def loss_terms(decisions: Decisions) -> list[Term]:
     counter = Counter.of(decisions)
     terms = [Term((w.choice,), "loss", np.asarray(w.losses)) for w in decisions.widths]
     terms += [Term((b.choice,), "loss", np.asarray([0.0, b.loss])) for b in decisions.blocks]
+    for attention in decisions.attentions:
+        losses = np.asarray(attention.losses)
+        terms.append(counter.term("loss", attention.name, (attention.choice,), [losses], None))
     for form in decisions.forms:
         losses = np.asarray(form.losses)
         block = counter.block_of(form.site.module_name)
@@ -380,4 +383,5 @@ def choices(decisions: Decisions) -> list[Choice]:
         *(Choice(w.choice, tuple(str(kept) for kept in w.kept)) for w in decisions.widths),
         *(Choice(f.choice, tuple("as it is" if s is None else repr(s) for s in f.structures)) for f in decisions.forms),
         *(Choice(b.choice, ("stays", b.kind)) for b in decisions.blocks),
+        *(Choice(a.choice, a.labels) for a in decisions.attentions),
     ]

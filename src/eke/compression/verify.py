@@ -18,7 +18,7 @@ from ..structures import NM, Both, EntrySparse, KroneckerSparse, LowRank, Rows, 
 from . import apply, measure
 from .artifact import Blueprint, stored_bits
 from .calibrate import Calibration, Meter
-from .candidates import Block, Forms, Widths
+from .candidates import Attention, Block, Forms, Widths
 from .checkpoint import Run
 from .entries import shape_of
 from .intervals import samples_to_prove
@@ -200,6 +200,7 @@ class _Alone:
 def _plan_lines(job: Job, space: Space, net: nn.Module, plan: Plan) -> tuple[PlanLine, ...]:
     alone, decisions = _Alone(job, space), space.decisions
     lines = [_block_line(block, plan.picks[block.choice], alone) for block in decisions.blocks]
+    lines += [_attention_line(attention, plan.picks[attention.choice], alone) for attention in decisions.attentions]
     lines += [_width_line(width, plan.picks[width.choice], alone) for width in decisions.widths]
     removed, factored = decisions.removed(plan.picks), apply.blueprint(decisions, plan.picks, space.layout).factored
     after = {site.name: site.shape for site in find(net)}
@@ -236,6 +237,14 @@ def _block_line(block: Block, option: int, alone: _Alone) -> PlanLine:
     change = "left out: passes its input on" if block.kind.startswith("identity") else "left out: gives zero"
     measured = alone(block.choice, option)
     return PlanLine(block.choice, change, predicted_loss=block.loss, measured_loss=measured, maturity="exact")
+
+
+def _attention_line(attention: Attention, option: int, alone: _Alone) -> PlanLine:
+    if not option:
+        return PlanLine(attention.choice, "keeps its softmax", predicted_loss=0.0, maturity="exact")
+    change, loss = f"linear: {attention.labels[option]}", attention.losses[option]
+    measured = alone(attention.choice, option)
+    return PlanLine(attention.choice, change, predicted_loss=loss, measured_loss=measured, maturity="reproduced")
 
 
 def _width_line(width: Widths, option: int, alone: _Alone) -> PlanLine:

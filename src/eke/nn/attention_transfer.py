@@ -8,7 +8,7 @@ real queries i, which Zhang and others ("The hedgehog and the porcupine", 2024) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .. import training
 from .._types import Batch
 from .softmax_sites import Forward, call_on
-from .substitute import Asked, Substitute, substitutes
+from .substitute import Asked, Lesson, Substitute, substitutes
 
 Objective = Literal["output", "weights"]
+_LESS = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 _LEAST = 1e-9
 """Weights below this count as this in logarithms."""
 
@@ -82,7 +83,7 @@ def transfer_attention_(
 
 
 @contextmanager
-def lessons(model: nn.Module, lesson: Callable[[Substitute, Asked, Tensor], None]) -> Iterator[None]:
+def lessons(model: nn.Module, lesson: Lesson) -> Iterator[None]:
     """Run a converted model with its softmax attention as long as the context lasts.
 
     Args:
@@ -101,6 +102,38 @@ def lessons(model: nn.Module, lesson: Callable[[Substitute, Asked, Tensor], None
             part.lesson = None
         for module, flag in flags.items():
             module.training = flag
+
+
+def balance_(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_on) -> None:
+    """Set how much far keys weigh against near ones, head by head, to what brings the outputs nearest.
+
+    The weights tried are factors e^0, e^-2, ..., e^-10 of those with which far keys weigh as much as near ones.
+
+    Args:
+        model: From `linearize`; its balances change in place.
+        batches: What it is run on.
+        forward: Runs it.
+    """
+    tried: dict[Substitute, list[Tensor]] = {}
+    begin = {part: part.balance.detach().clone() for part in substitutes(model).values() if part.balance is not None}
+
+    def lesson(part: Substitute, asked: Asked, out: Tensor) -> None:
+        if part not in begin or part.balance is None:
+            return
+        errors = []
+        for less in _LESS:
+            part.balance.copy_(begin[part] - less)
+            errors.append(_difference(part, asked, out)[0].square().sum((0, 2, 3)))
+        before = tried.get(part, [torch.zeros_like(e) for e in errors])
+        tried[part] = [a + b for a, b in zip(before, errors)]
+
+    with lessons(model, lesson):
+        for batch in batches:
+            forward(model, batch)
+        for part, errors in tried.items():
+            assert part.balance is not None
+            best = torch.stack(errors).argmin(0)
+            part.balance.copy_(begin[part] - torch.tensor(_LESS, device=best.device)[best])
 
 
 def output_errors(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = call_on) -> dict[str, float]:
@@ -158,13 +191,19 @@ def _rows(asked: Asked) -> Tensor | None:
     return asked.real if asked.q.shape[2] == asked.k.shape[2] else None
 
 
-def _energies(part: Substitute, asked: Asked, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared error and the squared outputs, summed over real positions."""
+def _difference(part: Substitute, asked: Asked, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return error and outputs in float32, zero where a position is not real."""
     difference, rows = _answer(part, asked) - out, _rows(asked)
     if rows is not None:
         # What softmax attention gives where nothing is seen is no number.
         difference, out = (x.masked_fill(~rows[:, None, :, None], 0) for x in (difference, out))
-    return difference.float().square().sum(), out.float().square().sum()
+    return difference.float(), out.float()
+
+
+def _energies(part: Substitute, asked: Asked, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared error and the squared outputs, summed over real positions."""
+    difference, out = _difference(part, asked, out)
+    return difference.square().sum(), out.square().sum()
 
 
 def _by_output(part: Substitute, asked: Asked, out: Tensor) -> Tensor:

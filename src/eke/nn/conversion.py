@@ -26,7 +26,7 @@ from torch import nn
 
 from .._errors import suggest
 from .._types import Batch
-from .attention_transfer import Objective, output_errors, transfer_attention_, weight_divergences
+from .attention_transfer import Objective, balance_, output_errors, transfer_attention_, weight_divergences
 from .hybrid_attention import MapName, MapRule
 from .softmax_sites import AttentionSite, Forward, MaskReader, attention_sites, call_on
 from .substitute import Substitute, substitute_
@@ -125,13 +125,14 @@ def linearize(
         raise ValueError(
             "batches is empty: give at least one batch to run the model on (a list, not a spent iterator)."
         )
-    new = _on_fused_attention(copy.deepcopy(model))
+    new = on_fused_attention(copy.deepcopy(model))
     sites = attention_sites(new, kept[0], forward=forward)
     chosen, left = _chosen(new, sites, match, tuple(skip))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = _put_in_(new, chosen, windows[0], feature_map)
         without_fast_path(new, Substitute)
+        balance_(new, kept[:1], forward=forward)
         before = output_errors(new, kept[:_MEASURED], forward=forward)
         errors, used, at = before, 0, dict.fromkeys(parts, windows[0])
         for size in windows:
@@ -140,6 +141,8 @@ def linearize(
                 break
             for name in late:
                 at[name] = parts[name].widen_(size)
+            if size != windows[0]:
+                balance_(new, kept[:1], forward=forward)
             if steps:
                 transfer_attention_(
                     new, kept, steps=steps, learning_rate=learning_rate, objective=objective, only=late,
@@ -172,7 +175,7 @@ def _check(windows: Sequence[int], steps: int, objective: str) -> None:
         raise ValueError(f"objective is 'output' or 'weights', got {objective!r}.")
 
 
-def _on_fused_attention(model: nn.Module) -> nn.Module:
+def on_fused_attention(model: nn.Module) -> nn.Module:
     """Return the model, Hugging Face's attention set to the kind that is watched."""
     # Only models that compute their softmax by hand change by it, and these by rounding alone.
     setter = getattr(model, "set_attn_implementation", None)

@@ -34,6 +34,10 @@ class Asked(NamedTuple):
     scale: float | None
 
 
+Lesson = Callable[["Substitute", Asked, Tensor], Tensor | None]
+"""`lesson(substitute, asked, outputs)`: called with what the softmax answers; what it returns goes on in its place."""
+
+
 class Remembers(Protocol):
     """Where a sequence's state is kept from call to call."""
 
@@ -52,11 +56,11 @@ class Substitute(HybridAttention):
 
     def __init__(self, site: AttentionSite, reader: MaskReader, *, window: int, feature_map: MapName | MapRule) -> None:
         # Another sequence's keys stand at no distance from the queries.
-        self._beside = site.queries == site.keys
-        super().__init__(site.heads, site.dim, window=window if self._beside else 0, feature_map=feature_map)
+        self.beside = site.queries == site.keys
+        super().__init__(site.heads, site.dim, window=window if self.beside else 0, feature_map=feature_map)
         self.causal = site.causal
         self._reader = reader
-        self.lesson: Callable[[Substitute, Asked, Tensor], None] | None = None
+        self.lesson: Lesson | None = None
         self.kept: Remembers | None = None
 
     def widen_(self, window: int) -> int:
@@ -68,7 +72,7 @@ class Substitute(HybridAttention):
         Returns:
             The window that it has now.
         """
-        return super().widen_(window) if self._beside else 0
+        return super().widen_(window) if self.beside else 0
 
     def instead(
         self,
@@ -123,7 +127,8 @@ class Substitute(HybridAttention):
         if self.lesson is not None:
             asked = Asked(query, key, value, real, scale)
             out = self._softmax(asked, attn_mask, is_causal)
-            self.lesson(self, asked, out)
+            answer = self.lesson(self, asked, out)
+            out = out if answer is None else answer
         else:
             state = None if kept is None else kept.state
             out, state = self(query, key, value, causal=self.causal, real=real, scale=scale, state=state)
