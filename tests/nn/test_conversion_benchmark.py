@@ -1,0 +1,48 @@
+"""Benchmark of conversion: a small run goes through its gates, and the page quotes the committed results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "attention_conversion.json"
+
+
+@pytest.mark.slow
+def test_a_small_run_goes_through_its_gates(tmp_path):
+    pytest.importorskip("transformers")
+    target = tmp_path / "result.json"
+    options = ["--smoke", "--only", "characters", "--json", str(target)]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/attention_conversion.py", *options],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(target.read_text())
+    assert document["smoke"] is True
+    assert document["characters"]["converted"]
+
+
+def section() -> str:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    return page.partition("## Conversion of softmax attention\n")[2].partition("\n## ")[0]
+
+
+def test_the_page_quotes_the_characters():
+    found, page = json.loads(RESULT.read_text())["characters"], section()
+    assert json.loads(RESULT.read_text())["smoke"] is False
+    assert f"against {found['perplexity']:.3f}" in page
+    assert 10 * (found["transfer_steps"] + found["tuning_steps"]) <= found["training_steps"]
+    for row in found["converted"].values():
+        assert row["worse"] == pytest.approx(row["perplexity"] / found["perplexity"] - 1)
+        assert f"| {row['perplexity_after_transfer']:.3f} | {row['perplexity']:.3f} |" in page
+    for length, times in found["speed"]["forward"].items():
+        assert f"{1e3 * times['softmax']:.1f} / {1e3 * times['converted']:.1f}" in page, length
+    for length, times in found["speed"]["token"].items():
+        assert f"{1e3 * times['softmax, cache of keys']:.1f} / {1e3 * times['converted, states']:.1f}" in page, length
