@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -121,9 +122,9 @@ def read(path: Path) -> dict[str, dict[str, float]]:
 def correlations(scores: np.ndarray, accuracy: np.ndarray, size: np.ndarray) -> dict[str, Any]:
     """Return Spearman, Kendall and the partial correlation given size, with intervals."""
     made = {
-        "spearman": search.rank_correlation(scores, accuracy),
-        "kendall": search.rank_correlation(scores, accuracy, kind="kendall", resamples=200),
-        "partial": search.rank_correlation(scores, accuracy, given=size),
+        "spearman": search.rank_correlation(scores, accuracy, resamples=300),
+        "kendall": search.rank_correlation(scores, accuracy, kind="kendall", resamples=100),
+        "partial": search.rank_correlation(scores, accuracy, given=size, resamples=300),
     }
     return {
         name: {"value": finite(r.value, 4), "interval": [finite(end, 4) for end in r.interval]}
@@ -178,6 +179,39 @@ def fused(columns: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dic
     return result
 
 
+def equal_flops(
+    names: list[str], columns: dict[str, np.ndarray], rule: list[str], truth: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Return by how many points the best scored network of each class of equal FLOPs beats the class's mean accuracy.
+
+    The mean is over all connected networks of the table with these FLOPs; classes have at least 10 scored networks.
+    """
+    kept = [place for place, ops in enumerate(names) if NB201.connected(ops)]
+    flops = np.array([SPACE.flops(names[place]) for place in kept])
+    scores = {
+        "fusion": search.fuse({key: columns[key][kept] for key in rule}),
+        **{key: columns[key][kept] for key in ("log_numel", "zico", "naswot", "meco")},
+    }
+    every: dict[int, list[float]] = {}
+    for ops, row in truth.items():
+        if NB201.connected(ops):
+            every.setdefault(SPACE.flops(ops), []).append(row["c10"])
+    gains: dict[str, list[float]] = {name: [] for name in scores}
+    for value in sorted(set(flops.tolist())):
+        inside = np.flatnonzero(flops == value)
+        if len(inside) >= 10:
+            for name, found in scores.items():
+                best = names[kept[inside[int(np.argmax(found[inside]))]]]
+                gains[name].append(truth[best]["c10"] - statistics.fmean(every[value]))
+    result: dict[str, Any] = {"classes": len(gains["fusion"])}
+    for name, found in gains.items():
+        half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
+        mean = statistics.fmean(found)
+        result[name] = {"points": round(mean, 3), "interval": [round(mean - half, 3), round(mean + half, 3)],
+                        "better_in": sum(gain > 0 for gain in found)}  # fmt: skip
+    return result
+
+
 def summary(known: dict[str, dict[str, float]], truth: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return the document from the scores."""
     names = list(known)
@@ -208,8 +242,9 @@ def summary(known: dict[str, dict[str, float]], truth: dict[str, dict[str, float
             dataset: round(search.rank_correlation(every, [row[key] for row in truth.values()], resamples=0).value, 4)
             for dataset, key in DATASETS.items()
         }
+    fusion = fused(columns, targets)
     return {"networks": len(names), "in_top_region": int(top.sum()), "proxies": rows, "whole_table": whole,
-            "fusion": fused(columns, targets)}  # fmt: skip
+            "fusion": fusion, "equal_flops": equal_flops(names, columns, fusion["rule"], truth)}  # fmt: skip
 
 
 def main() -> None:
@@ -221,7 +256,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     truth = table()
-    order = random.Random(0).sample(sorted(truth), arguments.count)
+    order = random.Random(0).sample(sorted(truth), len(truth))[: arguments.count]
     known = read(arguments.scores)
     if arguments.images:
         gather(order, arguments.images, arguments.scores, known)

@@ -82,7 +82,7 @@ MATURITY = {
 
 DEFAULT = ("zico", "log_numel", "naswot", "params")
 
-FUSION = ("meco", "swap", "az_nas.expressivity", "az_nas.trainability", "logsynflow")
+FUSION = ("meco", "swap", "az_nas.expressivity", "zen", "az_nas.trainability")
 """What a search fuses unless it is told otherwise: the rule that half of the networks of the benchmark chose."""
 
 
