@@ -233,8 +233,9 @@ def texts(*, steps: int, smoke: bool) -> dict[str, Any]:
         found["converted"][name] = {
             "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min()),
             "steps": settings["steps"], "seconds": time.thread_time() - start,
-            "errors_before": [layer.error_before for layer in made.layers],
-            "errors": [layer.error for layer in made.layers],
+            # Errors are measured with far keys.
+            "errors_before": [layer.error_before for layer in made.layers] if far else None,
+            "errors": [layer.error for layer in made.layers] if far else None,
         }  # fmt: skip
         print(f"{name}: cosine {cosines.mean():.4f}, least {cosines.min():.4f}", flush=True)
     return found

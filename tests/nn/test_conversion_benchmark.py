@@ -46,3 +46,10 @@ def test_the_page_quotes_the_characters():
         assert f"{1e3 * times['softmax']:.1f} / {1e3 * times['converted']:.1f}" in page, length
     for length, times in found["speed"]["token"].items():
         assert f"{1e3 * times['softmax, cache of keys']:.1f} / {1e3 * times['converted, states']:.1f}" in page, length
+
+
+def test_the_page_quotes_the_texts():
+    found, page = json.loads(RESULT.read_text())["texts"], section()
+    assert f"{found['texts']} texts" in page
+    for name, row in found["converted"].items():
+        assert f"| {name} | {row['steps']} | {row['mean_cosine']:.3f} | {row['least_cosine']:.3f} |" in page
