@@ -66,7 +66,7 @@ def benchmark():
 def check(row):
     assert row["ok"], row["why"]
     # IEEE products of tiles keep rows in registers, and AMD's compiler keeps addresses: a little of them spills.
-    tight = row["precision"] == "tf32" and row["target"].startswith("sm_")
+    tight = row["precision"] == "tf32" and row["target"].startswith("sm_") and row["size"] == 64
     assert row["spilled_bytes"] <= (0 if tight else 192)
     assert row["shared_bytes"] <= 96 * 1024
     assert bool(row["instructions"]) == (row["precision"] != "ieee" or row["target"] == "gfx942")

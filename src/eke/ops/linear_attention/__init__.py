@@ -82,7 +82,9 @@ def linear_attention(
     normalize = decay is None and beta is None if normalize is None else normalize
     _check(q, k, v, causal=causal, decay=decay, beta=beta, mask=mask)
     if normalize and beta is not None:
-        raise ValueError("The delta rule has no denominator: use normalize=False (or None) with beta.")
+        raise ValueError(
+            f"The delta rule has no denominator: use normalize=False (or None) with beta, got {normalize}."
+        )
     if form not in {"auto", "parallel", "chunk", "recurrent"}:
         raise ValueError(f"form is 'auto', 'parallel', 'chunk' or 'recurrent', got {form!r}.")
     if chunk is not None and chunk < 1:

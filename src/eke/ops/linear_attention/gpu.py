@@ -100,15 +100,13 @@ def scan_kernel(  # type: ignore[no-untyped-def]  # noqa: D103
 
 
 def scan(
-    left: Tensor, right: Tensor, x: Tensor, state: tuple[Tensor, Tensor], *, kind: Literal["out", "dq", "dk", "dv"],
-    elu: bool, normalize: bool, side: Tensor, raw: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tiles: _Three, state: tuple[Tensor, Tensor], *, kind: Literal["out", "dq", "dk", "dv"], elu: bool, normalize: bool,
+    side: Tensor, raw: Tensor,
+) -> _Three:  # fmt: skip
     """Return tri(L R^T + side) X + L S, with the state after it, for one of the four sums that the module names.
 
     Args:
-        left: L, (batch, length, heads, depth).
-        right: R, of the same shape.
-        x: X, (batch, length, heads, width).
+        tiles: L and R (batch, length, heads, depth), and X (batch, length, heads, width).
         state: S (batch, heads, depth, width) and sums, (batch, heads, depth) for outputs, else (batch, heads, width).
         kind: Which of the four.
         elu: Whether features are elu + 1.
@@ -119,7 +117,7 @@ def scan(
     Returns:
         The sum (batch, length, heads, width), S and sums.
     """
-    left, right, x, raw = (_rows(t) for t in (left, right, x, raw))
+    left, right, x, raw = (_rows(t) for t in (*tiles, raw))
     begin, sums = (t.contiguous() for t in state)
     batch, length, heads, width = x.shape
     depth = left.shape[-1]
@@ -164,7 +162,7 @@ def forward(
     q, k, v = inputs
     batch, length, heads, _ = v.shape
     bottom = torch.empty(batch, heads, length, dtype=torch.float32, device=v.device)
-    out, *last = scan(q, k, v, state, kind="out", elu=elu, normalize=normalize, side=bottom, raw=v)
+    out, *last = scan((q, k, v), state, kind="out", elu=elu, normalize=normalize, side=bottom, raw=v)
     return out, bottom, last[0], last[1]
 
 
@@ -195,9 +193,9 @@ def backward(
         h = -(g * out).sum(-1).transpose(1, 2).contiguous()
     memory, keys = state
     common: dict[str, Any] = {"elu": elu, "normalize": normalize, "side": h}
-    dq, _, _ = scan(g, v, k, (memory.mT, keys), kind="dq", raw=q, **common)
-    dk, _, begun = scan(v, g, q, (grad_memory.mT, grad_keys), kind="dk", raw=k, **common)
-    dv, first, _ = scan(k, q, g, (grad_memory, grad_keys), kind="dv", raw=v, **common)
+    dq, _, _ = scan((g, v, k), (memory.mT, keys), kind="dq", raw=q, **common)
+    dk, _, begun = scan((v, g, q), (grad_memory.mT, grad_keys), kind="dk", raw=k, **common)
+    dv, first, _ = scan((k, q, g), (grad_memory, grad_keys), kind="dv", raw=v, **common)
     return dq, dk, dv, first, begun
 
 
