@@ -210,6 +210,69 @@ def test_losses_train(kinds):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_prompts_read_in_pieces_give_the_same(kinds):
+    net, text = model(kinds), prompt(2, 11)
+    right = net.generate(text, max_new_tokens=6, do_sample=False)
+    assert torch.equal(net.generate(text, max_new_tokens=6, do_sample=False, prefill_chunk_size=4), right)
+
+
+def test_several_samples_of_one_prompt_differ(kinds):
+    torch.manual_seed(0)
+    found = model(kinds).generate(prompt(1), max_new_tokens=12, do_sample=True, num_return_sequences=4)
+    assert found.shape == (4, 18)
+    assert len({tuple(row.tolist()) for row in found}) > 1
+
+
+@torch.no_grad()
+def test_an_empty_cache_of_transformers_is_taken(kinds):
+    net, text = model(kinds), prompt()
+    for cache in (DynamicCache(), DynamicCache(config=net.config)):
+        found = net(text, past_key_values=cache)
+        assert found.past_key_values is cache
+        assert cache.get_seq_length() == 6
+        step = net(text[:, :1], past_key_values=cache).logits
+        torch.testing.assert_close(step, net(torch.cat([text, text[:, :1]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_embedded_inputs_and_the_last_logits_alone(kinds):
+    net, text = model(kinds, max_position_embeddings=20), prompt()
+    whole = net(text).logits
+    torch.testing.assert_close(net(inputs_embeds=net.embedding(text)).logits, whole)
+    last = net(text, logits_to_keep=2).logits
+    torch.testing.assert_close(last, whole[:, -2:])
+
+
+@torch.no_grad()
+def test_keys_keep_their_place_when_memory_grows():
+    net, text = model(["full_attention"]), prompt(1, 150)
+    cache, found = generation_cache.new_cache(net.config), []
+    for t in range(150):
+        found.append(net(text[:, t : t + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, 1), net(text).logits, rtol=1e-3, atol=1e-3)
+    assert cache.layers[0].room[0].shape[2] < 2 * 150 + 2
+
+
+@torch.no_grad()
+def test_sequences_of_a_batch_do_not_see_each_other(kinds):
+    net, text = model(kinds), prompt(3, 6)
+    cache, alone = net(text).past_key_values, net(text[1:2]).past_key_values
+    for t in range(4):
+        both = net(text[:, t : t + 1], past_key_values=cache).logits
+        one = net(text[1:2, t : t + 1], past_key_values=alone).logits
+        torch.testing.assert_close(both[1:2], one, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_changes_of_weights_between_tokens_count():
+    net, text = model(KINDS["hybrid"]), prompt()
+    caches = [net(text).past_key_values for _ in range(2)]
+    before = net(text[:, :1], past_key_values=caches[0]).logits
+    net.blocks[0].down.weight.data.mul_(1.5)
+    after = net(text[:, :1], past_key_values=caches[1]).logits
+    assert float((before - after).abs().max()) > 1e-3
+
+
 def test_bfloat16_generates_by_the_long_way():
     net = model(KINDS["hybrid"]).bfloat16()
     assert net.generate(prompt(), max_new_tokens=3, do_sample=False).shape == (2, 9)

@@ -189,6 +189,58 @@ def test_states_of_linear_layers_do_not_grow_and_move_in_place():
     assert states[0].keys.abs().min() > 0
 
 
+def plain(attention, size=4, dtype=torch.float32):
+    """One layer whose attention alone shows: queries, keys and values are x itself, the other part gives zero."""
+    eye = torch.eye(size, dtype=dtype)
+    nothing = Feed(None, Projection(torch.zeros(2, size, dtype=dtype)), Projection(torch.zeros(size, 2, dtype=dtype)))
+    block = Block(None, Projection(torch.cat([eye, eye, eye])), attention, Projection(eye), nothing)
+    return Decoder([block], heads=1)
+
+
+def test_one_position_attends_to_itself():
+    x = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+    for attention in (Linear(), Softmax(), Softmax(1)):
+        d = plain(attention)
+        torch.testing.assert_close(d(x, d.states(1, capacity=1)) - x, x, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_keys_give_running_means():
+    # With a map that is zero nowhere and keys that are all the same, outputs are means of what was read.
+    d = plain(Linear("relu"), size=2)
+    states, seen = d.states(1), []
+    for value in (1.0, 2.0, 3.0):
+        x = torch.tensor([[1.0, value]])
+        states[0].keys[:, :, 1] = states[0].memory[:, :, 1] = 0  # the second feature is forgotten
+        out = d(x, states) - x
+        seen.append(value)
+        right = (sum(seen) + value**3) / (len(seen) + value**2)
+        torch.testing.assert_close(float(out[0, 1]), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_of_one_sees_itself_and_a_wide_one_sees_all():
+    torch.manual_seed(0)
+    full, wide, own = plain(Softmax()), plain(Softmax(50)), plain(Softmax(1))
+    states = [d.states(2, capacity=6) for d in (full, wide, own)]
+    for _ in range(6):
+        x = torch.randn(2, 4)
+        found = [d(x, s) for d, s in zip((full, wide, own), states)]
+        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(found[2], 2 * x, rtol=1e-5, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    d = plain(Softmax())
+    states = d.states(1, capacity=2)
+    d(torch.full((1, 4), -300.0), states)
+    x = torch.full((1, 4), 300.0)
+    torch.testing.assert_close(d(x, states), 2 * x)
+
+
+def test_no_samples_give_no_outputs():
+    d = decoder(["elu", "softmax"], SIZES["odd"])
+    assert d(torch.zeros(0, d.width), d.states(0, capacity=1)).shape == (0, 11)
+
+
 def test_changes_of_parameters_count_at_once():
     torch.manual_seed(0)
     d = decoder(["elu"], SIZES["odd"])

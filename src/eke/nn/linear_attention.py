@@ -64,7 +64,7 @@ class LinearAttention(nn.Module):
         if decay not in {None, "retention", "scalar", "vector"}:
             raise ValueError(f"decay is None, 'retention', 'scalar' or 'vector', got {decay!r}.")
         if not causal and (decay is not None or delta):
-            raise ValueError("decay and delta have a meaning in time alone: use causal=True.")
+            raise ValueError(f"decay={decay!r} and delta={delta!r} have a meaning in time alone: use causal=True.")
         self.embed_dim, self.num_heads, self.causal, self.decay, self.delta = embed_dim, num_heads, causal, decay, delta
         plain = decay is None and not delta
         self.feature_map = feature_map if feature_map is not None else "elu" if plain else "identity"
@@ -106,7 +106,9 @@ class LinearAttention(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"LinearAttention takes (batch, length, {self.embed_dim}), got {tuple(x.shape)}.")
         if context is not None and self.causal:
-            raise ValueError("A causal layer attends to its own past: it takes no context.")
+            raise ValueError(
+                f"A causal layer attends to its own past: it takes no context, got {tuple(context.shape)}."
+            )
         if context is None:
             q, k, v = self.projections(x).chunk(3, -1)
         else:
