@@ -98,7 +98,11 @@ def share(
                 break
             refused = 0 if worker.step(done) else refused + 1
         if not done:
-            raise ValueError(worker.nearest())
+            count, nearest, told = worker.nearest()
+            raise ValueError(
+                f"None of {count} architectures of {space.name!r} keeps the limits; the nearest, {nearest}, has "
+                f"{told}. Raise the limits to that or more."
+            )
     note = f"{refused} proposals in a row found nothing new within the limits." if len(done) < evaluations else ""
     return Found(space, tuple(done.values()), settings | {"method": "NSGA-II", "evaluations": evaluations}, note)
 
@@ -272,13 +276,10 @@ class _Worker:
         begun = trial.datetime_start
         return begun is not None and (datetime.datetime.now() - begun).total_seconds() > stale_seconds
 
-    def nearest(self) -> str:
-        """Return the message when nothing kept the limits."""
+    def nearest(self) -> tuple[int, str, str]:
+        """Return how many architectures were weighed, the one that exceeds the limits least, and its costs in words."""
         every = self.study.get_trials(deepcopy=False, states=(self.states.COMPLETE,))
         tried = [trial for trial in every if "excess" in trial.user_attrs.get("found", {})]
         best = min(tried, key=lambda trial: trial.user_attrs["found"]["excess"])
-        return (
-            f"None of {len(tried)} architectures of {self.space.name!r} keeps the limits; the nearest, "
-            f"{self.space.describe(self._made(best.params))}, has "
-            f"{self.limits.told(best.user_attrs['found']['costs'])}. Raise the limits to that or more."
-        )
+        found = best.user_attrs["found"]
+        return len(tried), self.space.describe(self._made(best.params)), self.limits.told(found["costs"])
