@@ -42,3 +42,32 @@ def test_oracles_agree_and_operations_explain_steps():
         assert rows["Adam"]["ratio"] == 1
         for row in rows.values():
             assert row["ratio_of_operations"] == pytest.approx(row["operations"] / rows["Adam"]["operations"])
+
+
+NAMES = {"K-FAC": "K-FAC (eke's engine)", "Muon": "Muon (pytorch-optimizer 4.1)", "SOAP": "SOAP (pytorch-optimizer)",
+         "ScheduleFree": "ScheduleFree AdamW (1.4.1)"}  # fmt: skip
+
+
+def test_the_page_quotes_steps_seconds_and_costs_of_the_results():
+    page = (RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    works = read("optimizers")["workloads"]
+    tables = [{row["optimizer"]: row for row in works[name]["table"]} for name in ("autoencoder", "cnn", "characters")]
+    for name in set().union(*tables):
+        cells = []
+        for row in (table.get(name) for table in tables):
+            if row is None:
+                cells.append("not run")
+            elif row["steps"] is None or row["reached"] < 2:
+                cells.append(f"{row['reached']} of 3")
+            else:
+                each = ", ".join("never" if steps is None else str(steps) for steps in row["steps_of_seeds"])
+                cells.append(f"{row['steps']} ({each}), {row['seconds']:.1f} s")
+        assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in page
+    for name, milliseconds in works["cnn"]["milliseconds_a_step"].items():
+        assert name == "SGD" or f"{milliseconds:.1f}" in page
+    steps = read("optimizer_steps")["batches"]
+    for label in ("64 directions", "128 directions", "all directions"):
+        row = steps["128"][f"ekfac, {label}"]
+        cells = rf"{row['ratio']:.2f}", f"{row['ratio_of_operations']:.2f}"
+        assert any(all(cell in line for cell in cells) for line in page.splitlines() if line.startswith("| EKFAC, "))
+    assert f"EKFAC-ra **{steps['1024']['ekfac_ra, 64 directions']['ratio']:.2f}** by default" in page
