@@ -75,9 +75,7 @@ PROXIES: dict[str, Proxy] = {
 PARTS = {"az_nas": ("expressivity", "progressivity", "trainability")}
 """Proxies of several scores; each can be asked for alone, as "az_nas.trainability"."""
 
-MATURITY = {
-    name: "reconstructed" if name in ("zico_bc", "az_nas") else "exact" for name in PROXIES
-}  # fmt: skip
+MATURITY = {name: "reconstructed" if name in ("zico_bc", "az_nas") else "exact" for name in PROXIES}
 """How near each proxy is to its source: "exact", or "reconstructed" where the source was not at hand in full."""
 
 DEFAULT = ("zico", "log_numel", "naswot", "params")
