@@ -63,8 +63,9 @@ def test_the_page_quotes_steps_seconds_and_costs_of_the_results():
                 each = ", ".join("never" if steps is None else str(steps) for steps in row["steps_of_seeds"])
                 cells.append(f"{row['steps']} ({each}), {row['seconds']:.1f} s")
         assert f"| {NAMES.get(name, name)} | {' | '.join(cells)} |" in page
-    for name, milliseconds in works["cnn"]["milliseconds_a_step"].items():
-        assert name == "SGD" or f"{milliseconds:.1f}" in page
+    for work in ("autoencoder", "cnn"):
+        for name, milliseconds in works[work]["milliseconds_a_step"].items():
+            assert name == "SGD" or f"{milliseconds:.1f}" in page
     steps = read("optimizer_steps")["batches"]
     for label in ("64 directions", "128 directions", "all directions"):
         row = steps["128"][f"ekfac, {label}"]
