@@ -206,12 +206,28 @@ def main() -> None:
     parser.add_argument("--faiss", type=Path, help="folder with the package faiss-cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each table row")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only-main", action="store_true", help="measure the largest length anew, keep the rest")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     gates()
     seconds, longest = arguments.seconds, 512 if arguments.smoke else 8192
-    main_case = speed(
+    document: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists() and arguments.only_main:
+        document = json.loads(arguments.json.read_text())
+    document |= {
+        "question": __doc__.splitlines()[0], "environment": environment().to_json(), "kernel": native.describe(),
+        "threads": 1, "smoke": arguments.smoke, "main": main_case(longest, seconds),
+    }  # fmt: skip
+    if not arguments.only_main:
+        document |= the_rest(longest, seconds, arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main_case(longest: int, seconds: float) -> dict[str, Any]:
+    """All ways at the largest length."""
+    found = speed(
         longest, 8, 64, {
             "k-means in the keys' metric, 5 steps": {"clusters": 128, "topk": 32},
             "k-means, 5 steps": {"clusters": 128, "topk": 32, "clusterer": KMeans(metric="plain")},
@@ -224,7 +240,12 @@ def main() -> None:
     q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(longest, 8, 64))
     with torch.no_grad():
         causal = interleaved({"causal": lambda: scaled_dot_product_attention(q, k, v, is_causal=True)}, seconds)
-    main_case["softmax_causal_milliseconds"] = causal["causal"]["median"]
+    found["softmax_causal_milliseconds"] = causal["causal"]["median"]
+    return found
+
+
+def the_rest(longest: int, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Lengths, memory, steps, derivatives."""
     lengths = (256, 512) if arguments.smoke else (256, 384, 512, 768, 1024, 1536, 2048, 4096)
     even = []
     for heads, dim in ((12, 32), (8, 64)):
@@ -239,14 +260,11 @@ def main() -> None:
                 "break_even_expected": expected, "rows": rows,
             })  # fmt: skip
             print("break-even", heads, dim, clusters, first, "expected", expected, flush=True)
-    document = {
-        "question": __doc__.splitlines()[0], "environment": environment().to_json(), "kernel": native.describe(),
-        "threads": 1, "smoke": arguments.smoke, "main": main_case, "memory": memory(longest, 8, 64),
-        "steps": steps(longest, 128, 64, arguments.faiss, 2 * seconds), "break_even": even,
+    return {
+        "memory": memory(longest, 8, 64), "steps": steps(longest, 128, 64, arguments.faiss, 2 * seconds),
+        "break_even": even,
         "derivatives": [derivatives(n, seconds) for n in ((256,) if arguments.smoke else (1024, 4096))],
     }  # fmt: skip
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

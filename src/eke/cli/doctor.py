@@ -42,6 +42,7 @@ def examined() -> dict[str, Any]:
 
     from ..cost import environment
     from ..ops import pair_splits, sparse_recovery
+    from ..ops.clustered_attention.native import describe as clustered_attention
     from ..ops.decode.native import describe as decode
     from ..ops.ks_matmul import describe
     from ..ops.linear_attention.native import describe as linear_attention
@@ -66,6 +67,7 @@ def examined() -> dict[str, Any]:
         "sparse solver kernel": sparse_recovery.describe(),
         "linear attention kernel": linear_attention(),
         "decoding kernel": decode(),
+        "clustered attention kernel": clustered_attention(),
         "extras": extras(),
         "demo data": _demo_data(),
         "writable": {str(path): writable(path) for path in (pathlib.Path(tempfile.gettempdir()), _cache())},

@@ -6,14 +6,16 @@ better than the numbers do. Measured by `benchmarks/clustered_attention.py`, whi
 
 from __future__ import annotations
 
-PAIR = 0.034
+PAIR = 0.03
 """Of softmax attention: a pair of positions and a feature."""
-SHARED = 0.045
+SHARED = 0.04
 """Of clusters: a centre, a key and a feature, k-means included."""
-OWN = 0.08
+CLUSTER = 4000.0
+"""A cluster: its largest keys found and gathered, tiles that it does not fill."""
+OWN = 0.06
 """A query, a key that it weighs itself and a feature."""
 QUERY = 150.0
-"""A query: hashes or products with the metric, sorting, copies."""
+"""A query: sorting, copies, its sum of exponentials."""
 CALL = 60_000.0
 """A call."""
 
@@ -29,7 +31,8 @@ def pays(shape: tuple[int, int, int], *, clusters: int, topk: int, causal: bool 
     """
     length, keys, features = shape
     exact = PAIR * length * keys * features
-    shared = SHARED * clusters * (keys + length) * features + OWN * length * topk * features + QUERY * length + CALL
+    shared = SHARED * clusters * (keys + length) * features + OWN * length * topk * features
+    shared += CLUSTER * clusters + QUERY * length + CALL
     if causal:
         block = max(clusters, int((clusters * length) ** 0.5))
         blocks = max(1, length // block)
