@@ -1,4 +1,4 @@
-"""Benchmarks of clustered attention: small runs go through their gates, and committed results say what the page quotes."""
+"""Benchmarks of clustered attention: a small run goes through its gates; committed results say what the page quotes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_the_table_of_minilm_is_the_committed_one():
     assert document["guarantee"]["largest_excess"] < 1e-12
     assert document["guarantee"]["largest_growth_with_k"] < 1e-12
     for row in document["table"]:
-        numbers = f"{row['cosine']:.4f} | {row['least_cosine']:.4f} | {row['token_cosine']:.4f} | {row['row_error']:.3f}"
+        numbers = (
+            f"{row['cosine']:.4f} | {row['least_cosine']:.4f} | {row['token_cosine']:.4f} | {row['row_error']:.3f}"
+        )
         assert f"| {row['attention']} | {numbers} |" in PAGE
     for row in document["tolerances"]:
         assert f"| {row['tolerance']} | {row['cosine']:.4f} | {row['share_of_pairs']:.2f} |" in PAGE
