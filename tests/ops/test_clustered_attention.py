@@ -318,6 +318,17 @@ def test_causal_attention_is_exact_where_all_keys_are_chosen_or_one_block_holds_
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("values", [D, M])
+def test_causal_outputs_are_the_same_with_and_without_derivatives(values):
+    q, k, _ = sample(length=70, keys=70)
+    v = torch.randn(B, 70, H, values, generator=torch.Generator().manual_seed(9), dtype=q.dtype)
+    options = {"clusters": 5, "topk": 6, "causal": True, "block": 16}
+    out = clustered_attention(q, k, v, **options)
+    torch.testing.assert_close(
+        out, clustered_attention(q, k, v.clone().requires_grad_(), **options), rtol=0, atol=1e-12
+    )
+
+
 def test_causal_error_falls_with_clusters_and_keys():
     q, k, v = sample(length=256, keys=256)
     exact = full(q, k, v, causal=True)

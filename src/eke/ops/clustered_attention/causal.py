@@ -70,8 +70,8 @@ def attend_causally(
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return causal attention within a block and its logarithms of sums of exponentials."""
-    if q.is_cpu and not torch.compiler.is_compiling() and direct(q, k, v):
-        # The fused operation gives both, but no derivatives of the second.
+    if q.shape == v.shape and direct(q, k, v):
+        # The fused operation gives both for values as wide as keys, but no derivatives of the second.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
         return out, lse
     later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
