@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eke
-from eke.compression import Conversion, Recovery, Task
+from eke.compression import Clusters, Conversion, Recovery, Task
 from eke.compression.apply import draft
 from eke.compression.artifact import Blueprint
+from eke.compression.attention_forms import put_in_
 from eke.compression.attentions import attention_candidates, attention_costs, with_attention
 from eke.compression.candidates import Attention, Block, Decisions
-from eke.compression.linear_forms import put_in_
 from eke.compression.plan import Term, total
 from eke.compression.prepare import prepare
 from eke.compression.tables import Counter
+from eke.nn.cluster_conversion import ClusteredSubstitute
 from eke.nn.substitute import substitutes
 
 LENGTH, WIDTH = 48, 16
@@ -66,7 +68,7 @@ def task(net: nn.Module, length: int = LENGTH) -> Task:
     return Task(batches[:4], batches[4:5], batches[5:], loss=eke.compression.cross_entropy)
 
 
-def job_of(net: nn.Module, asked: Conversion, length: int = LENGTH):
+def job_of(net: nn.Module, asked: object, length: int = LENGTH):
     return prepare(
         net, task(net, length), budget=eke.Budget(macs="0.9x"), recovery=Recovery(steps=0), seconds=0.3,
         attentions=asked,
@@ -200,3 +202,104 @@ def test_blueprints_carry_conversions_as_plain_values():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=r"Conversion needs windows of 0 or more positions .* got windows="):
         Conversion(**settings)
+
+
+def test_clusters_are_candidates_beside_windows():
+    net, asked = reader(), (Conversion(windows=(4,), steps=0), Clusters(clusters=(4, 16), topk=2, exact_below=0))
+    job = job_of(net, asked)
+    found = attention_candidates(job, asked)
+    labels = "linear: hedgehog, window 4", "clustered: 4 clusters, 2 keys", "clustered: 16 clusters, 2 keys"
+    assert [a.labels for a in found] == [("softmax", *labels)] * 2
+    # By definition: clusters of the original's own queries, in the second attention alone.
+    samples = []
+    for x, y in job.batches:
+        with torch.no_grad():
+            before = x + net.first(x)
+            q, k, v = (z.unflatten(-1, (2, -1)) for z in net.second.qkv(before).chunk(3, -1))
+            soft = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2)
+            change = eke.ops.clustered_attention(q, k, v, clusters=4, topk=2) - soft
+        at = soft.clone().requires_grad_()
+        out = net.head((before + net.second.out(at.flatten(2))).mean(1))
+        gradient = torch.autograd.grad(F.cross_entropy(out, y, reduction="sum"), at)[0]
+        samples.append((gradient * change).double().flatten(1).sum(1))
+    u = torch.cat(samples)
+    assert found[1].losses[2] == pytest.approx(max(0.0, float(u.mean())) + 0.5 * float(u.square().mean()), rel=1e-4)
+    # Each way of conversion is a net of its own: what clusters save is known from the shapes.
+    rows = attention_costs(job, found, timed=False)
+    pairs, heads, features = LENGTH * LENGTH, 2, 16
+    for clusters, option in ((4, 2), (16, 3)):
+        each = heads * features * (clusters * LENGTH + LENGTH * 2 - pairs)
+        assert [row[option] for row in rows["macs"]] == pytest.approx([len(job.inputs[0]) * each] * 2)
+    assert [row[2:] for row in rows["parameters"]] == [[0.0, 0.0]] * 2
+
+
+def test_ways_of_conversion_may_be_asked_for_different_attentions():
+    net = reader()
+    asked = (Conversion(windows=(0,), steps=0, match="second"), Clusters(clusters=(4,), exact_below=0))
+    job = job_of(net, asked, 200)
+    together = {a.name: a.labels for a in attention_candidates(job, asked)}
+    assert {name: len(labels) for name, labels in together.items()} == {"first": 2, "second": 3}
+    options = sorted(attention_candidates(job, asked), key=lambda a: a.name)
+    linear, clustered = (attention_costs(job, attention_candidates(job, one), timed=False) for one in asked)
+    for order in (options, options[::-1]):
+        rows = attention_costs(job, order, timed=False)
+        for name, found in rows.items():
+            first, second = found if order is options else found[::-1]
+            assert first == clustered[name][0]
+            assert second == [*linear[name][0], clustered[name][1][1]]
+    assert linear["macs"][0][1] != clustered["macs"][1][1]
+
+
+def test_clustered_attention_is_rebuilt_from_plain_values():
+    net, asked = reader(), Clusters(clusters=(4,), topk=2, exact_below=0)
+    found = attention_candidates(job_of(net, asked), asked)
+    blueprint = Blueprint(Decisions().surgery({}), (), "contiguous", {}, {}, {}, {"second": found[1].forms[1]})
+    document = json.loads(json.dumps(blueprint.to_json()))
+    assert Blueprint.from_json(document) == blueprint
+    made = draft(
+        net, Decisions(attentions=tuple(found)), {"attention:second": 1}, sites=(), curvature=None, solver=None,
+        layout=eke.compression.apply.Layout(),
+    ).net  # fmt: skip
+    again, x = reader(), torch.randn(2, LENGTH, WIDTH)
+    put_in_(again, Blueprint.from_json(document).converted)
+    assert torch.equal(again(x), made(x))
+    assert not torch.equal(again(x), net(x))
+    del document["converted"]["second"]["exact_below"]
+    with pytest.raises(ValueError, match=r"The plan converts an attention to .*lacks one of .*'exact_below'"):
+        Blueprint.from_json(document)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compress_clusters_attention_where_it_saves(tmp_path):
+    net = reader()
+    result = eke.compress(
+        net, task(net, 200), budget=eke.Budget(macs="0.7x"), skip=["head"], structures=(),
+        recovery=Recovery(steps=0), seconds=0.3, attentions=Clusters(clusters=(4, 8), topk=4, exact_below=0),
+    )  # fmt: skip
+    parts = substitutes(result.model)
+    assert parts
+    assert all(isinstance(part, ClusteredSubstitute) for part in parts.values())
+    changes = {line.site: line.change for line in result.evidence.plan}
+    assert all(changes[f"attention:{name}"].startswith("clustered: ") for name in parts)
+    result.save(tmp_path / "artifact")
+    again = eke.compression.load(tmp_path / "artifact", reader())
+    x = task(net, 200).report[0][0]
+    with torch.no_grad():
+        assert torch.equal(again(x), result.model(x))
+
+
+@pytest.mark.parametrize("settings", [{"clusters": ()}, {"clusters": (4, 0)}, {"topk": -1}, {"exact_below": -1}])
+def test_clusters_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=r"Clusters needs clusters of 1 or more, .* got clusters="):
+        Clusters(**settings)
+
+
+def test_what_is_no_way_of_conversion_is_refused():
+    with pytest.raises(TypeError, match=r"attentions takes .*Conversion.*Clusters.* got 'clustered'"):
+        job_of(reader(), "clustered")
+    with pytest.raises(TypeError, match=r"attentions takes .* got 25"):
+        job_of(reader(), (Clusters(), 25))
+    for asked in ((), (Clusters((4,)), Clusters((8,)))):
+        with pytest.raises(ValueError, match=r"attentions takes one Conversion and one Clusters at most"):
+            job_of(reader(), asked)

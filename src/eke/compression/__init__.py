@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._types import Metric, Samples
 from .artifact import load
-from .attentions import Conversion
+from .attentions import Clusters, Conversion
 from .budget import Budget
 from .dense import dense_cross_entropy, mean_iou, pixel_accuracy
 from .lessons import distillation
@@ -23,6 +23,7 @@ from .tokens import causal_cross_entropy, perplexity, token_accuracy, token_cros
 __all__ = [
     "Budget",
     "Choice",
+    "Clusters",
     "Conversion",
     "InfeasibleError",
     "Metric",

@@ -19,13 +19,13 @@ from ..sites import Site, Surgery, find
 from ..solvers import remove_columns
 from ..structures import EntrySparse, KroneckerSparse, LowRank, Structure
 from .artifact import Blueprint
+from .attention_forms import put_in_
 from .blocks import leave_out_
 from .candidates import Decisions
 from .deploy import Pair
 from .entries import skip_any_, skip_zeros_
 from .factor import StandIn, factor_, fill_, fill_chain_, stand_in
 from .lessons import Lessons
-from .linear_forms import put_in_
 from .solver import Solver, fitting, solved
 from .task import Forward
 

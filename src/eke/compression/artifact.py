@@ -27,13 +27,13 @@ from ..cost import read_tensors, write_tensors
 from ..patterns import Chain
 from ..sites import Site, Surgery, find, unwrap
 from ..structures import NM, Both, EntrySparse, LowRank, Packable, Rows, Structure, UniformGrid, Unstructured
+from .attention_forms import check_form, put_in_
 from .blocks import leave_out_
 from .candidates import BlockKind
 from .checkpoint import read_json, sha256, write_json
 from .deploy import Pair, fold_batchnorm_, set_memory_format_
 from .entries import skip_zeros_, with_zeros
 from .factor import StandIn, factor_
-from .linear_forms import put_in_
 from .original import check_filled, check_module, private_copy
 
 FORMAT = "eke artifact 2"
@@ -53,7 +53,7 @@ class Blueprint:
         structures: Structure of each packed matrix by site name, in the reshaped model.
         removed: What the modules became that were left out, by name.
         factored: Rank of each module that became two, or chain of each that became `KSLinear`, by name.
-        converted: What each softmax attention became that is linear now, by name of its module.
+        converted: What each softmax attention became that is linear or clustered now, by name of its module.
     """
 
     surgery: Surgery
@@ -166,13 +166,9 @@ def _forms(document: Any) -> dict[str, Mapping[str, Any]]:
 
     Raises:
         ValueError: if a value has another form.
-    """
-    kinds = {"heads": int, "dim": int, "causal": bool, "beside": bool, "window": int, "feature_map": str}
+    """  # noqa: DOC502
     for form in document.values():
-        if not isinstance(form, Mapping) or any(type(form.get(name)) is not kind for name, kind in kinds.items()):
-            raise ValueError(
-                f"The plan converts an attention to {form!r:.80}, which lacks one of {list(kinds)}: restore it."
-            )
+        check_form(form)
     return {str(name): dict(form) for name, form in document.items()}
 
 

@@ -22,6 +22,7 @@ from ..linalg import MANY, Metric
 from ..sites import ChannelGroup, Site, Surgery
 from ..solvers import Consumer, greedy_removal, remove_columns
 from ..structures import NM, Both, EntrySparse, KroneckerSparse, LowRank, Structure, UniformGrid, Unstructured
+from .attention_forms import described
 from .factor import stand_in
 from .solver import Solver, fitting, metric_of, quick, solved
 
@@ -126,7 +127,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Attention:
-    """Candidates of one softmax attention: linear beyond windows.
+    """Candidates of one softmax attention: linear beyond windows, or on clusters.
 
     Args:
         name: Of the module that attends.
@@ -150,7 +151,7 @@ class Attention:
     @property
     def labels(self) -> tuple[str, ...]:
         """What each candidate is, in words."""
-        return tuple("softmax" if f is None else f"{f['feature_map']}, window {f['window']}" for f in self.forms)
+        return tuple("softmax" if form is None else described(form) for form in self.forms)
 
 
 @dataclass(frozen=True)

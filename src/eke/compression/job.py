@@ -10,7 +10,7 @@ from torch import nn
 from .._types import Batch, Evaluate, Loss, Quality
 from ..structures import Structure
 from . import measure
-from .attentions import Conversion
+from .attentions import Clusters, Conversion
 from .budget import Budget
 from .checks import mean_loss
 from .measure import Inputs
@@ -43,7 +43,7 @@ class Job:
     seconds: float
     samples: int
     progress: Progress
-    attentions: Conversion | None = None
+    attentions: tuple[Conversion | Clusters, ...] | None = None
 
     @property
     def timed(self) -> bool:

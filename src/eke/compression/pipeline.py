@@ -24,7 +24,7 @@ from ..structures import Structure
 from . import apply, measure
 from .arguments import check_budgets
 from .artifact import Blueprint
-from .attentions import Conversion
+from .attentions import Clusters, Conversion
 from .budget import Budget
 from .candidates import STRUCTURES
 from .checkpoint import Run
@@ -67,7 +67,7 @@ def compress(
     progress: Progress | None = None,
     recipe: Mapping[str, Any] | None = None,
     title: str | None = None,
-    attentions: Conversion | None = None,
+    attentions: Conversion | Clusters | Sequence[Conversion | Clusters] | None = None,
 ) -> Result:
     """Make a model cheaper within a budget, and measure what became of it.
 
@@ -98,7 +98,7 @@ def compress(
         progress: Called as the run advances.
         recipe: Kept with the artifact.
         title: Of the report.
-        attentions: How softmax attentions may become linear; None leaves them as they are.
+        attentions: How softmax attentions may become linear or clustered, or both; None leaves them as they are.
 
     Returns:
         The result; `result.save(folder)` writes the artifact.

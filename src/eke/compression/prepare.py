@@ -18,7 +18,7 @@ from ..structures import Structure
 from . import measure, pace
 from .arguments import check_budget, check_call, check_settings, check_structures, checked_solver
 from .artifact import state_digest
-from .attentions import Conversion
+from .attentions import Clusters, Conversion, several
 from .budget import Budget
 from .candidates import STRUCTURES
 from .checkpoint import Run
@@ -71,7 +71,7 @@ def prepare(
     resume: bool = False,
     progress: Progress | None = None,
     recipe: Mapping[str, Any] | None = None,
-    attentions: Conversion | None = None,
+    attentions: Conversion | Clusters | Sequence[Conversion | Clusters] | None = None,
 ) -> Prepared:
     """Check what was asked; arguments are those of `compress`.
 
@@ -90,6 +90,7 @@ def prepare(
         recovery=recovery, skip=skip, seed=seed, threads=threads, seconds=seconds, recipe=recipe, folder=folder,
         resume=resume,
     )  # fmt: skip
+    asked = None if attentions is None else several(attentions)
     check_state(bare)
     bare, probe, skip = without_history(bare), private_copy(bare), tuple(skip)
     remarks += _warned([f"Left as it is: {words}." for words in check_sites(bare, skip)])
@@ -123,7 +124,7 @@ def prepare(
         seconds=seconds,
         samples=samples,
         progress=progress or (lambda stage, share, text: None),
-        attentions=attentions,
+        attentions=asked,
     )
     run = Run(pathlib.Path(folder) if folder is not None else None, _recipe(job, recipe), resume=resume)
     job = replace(job, batches=_Counted(run, task.calibration), evaluate=_counted(run, job.evaluate))

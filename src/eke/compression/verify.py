@@ -242,7 +242,7 @@ def _block_line(block: Block, option: int, alone: _Alone) -> PlanLine:
 def _attention_line(attention: Attention, option: int, alone: _Alone) -> PlanLine:
     if not option:
         return PlanLine(attention.choice, "keeps its softmax", predicted_loss=0.0, maturity="exact")
-    change, loss = f"linear: {attention.labels[option]}", attention.losses[option]
+    change, loss = attention.labels[option], attention.losses[option]
     measured = alone(attention.choice, option)
     return PlanLine(attention.choice, change, predicted_loss=loss, measured_loss=measured, maturity="reproduced")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._types import Batch
 from .cluster_choice import HeadChoice, choose_clusters
 from .clustered_attention import Clustering
-from .conversion import _chosen
+from .conversion import wanted_sites
 from .hybrid_attention import HybridState
 from .softmax_sites import AttentionSite, Forward, MaskReader, attention_sites, call_on
 from .substitute import Substitute, substitute_
@@ -43,7 +43,7 @@ class ClusteredSubstitute(Substitute):
     def __init__(self, site: AttentionSite, reader: MaskReader, clustering: Clustering) -> None:
         nn.Module.__init__(self)  # no feature maps, no window
         self.heads, self.dim, self.causal = site.heads, site.dim, site.causal
-        self._reader, self._beside = reader, site.queries == site.keys
+        self._reader, self.beside = reader, site.queries == site.keys
         self.clustering, self.lesson, self.kept = clustering, None, None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None, float | None]] | None = None
 
@@ -158,7 +158,7 @@ def cluster_attention(
         if change is not None and getattr(module.config, "_attn_implementation", "sdpa") != "sdpa":
             change("sdpa")
     sites = attention_sites(new, kept[0], forward=forward)
-    chosen, left = _chosen(new, sites, match, tuple(skip))
+    chosen, left = wanted_sites(new, sites, match, tuple(skip))
     reader, given = MaskReader(), Clustering() if clustering is None else clustering
     exact = Clustering(clusters=0)
     parts = {}

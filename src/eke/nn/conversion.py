@@ -127,7 +127,7 @@ def linearize(
         )
     new = on_fused_attention(copy.deepcopy(model))
     sites = attention_sites(new, kept[0], forward=forward)
-    chosen, left = _chosen(new, sites, match, tuple(skip))
+    chosen, left = wanted_sites(new, sites, match, tuple(skip))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = _put_in_(new, chosen, windows[0], feature_map)
@@ -187,10 +187,16 @@ def on_fused_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def _chosen(
+def wanted_sites(
     model: nn.Module, sites: Sequence[AttentionSite], match: str | None, skip: tuple[str, ...]
 ) -> tuple[list[AttentionSite], tuple[AttentionSite, ...]]:
     """Return the sites to convert and those that cannot be.
+
+    Args:
+        model: The model.
+        sites: Its attention sites.
+        match: Regular expression that a module's name must contain; None for all.
+        skip: Names of modules to leave as they are, with what is inside them.
 
     Raises:
         ValueError: if a name is unknown or no site is left.
