@@ -93,7 +93,7 @@ def changes(found: Survey, choice: str, option: int) -> dict[str, torch.Tensor]:
 def predictors(found: Survey, delta: dict[str, torch.Tensor]) -> dict[str, float]:
     """Predicted loss of a change by every metric."""
     curvature = found.space.curvature
-    sums = dict.fromkeys(("distance", "activations", "diagonal", "K-FAC", "EKFAC", "EKFAC and slope"), 0.0)
+    sums = dict.fromkeys(("distance", "activations", "diagonal", "K-FAC", "EKFAC", "slope"), 0.0)
     for name, d in delta.items():
         factors = curvature.factors(name)
         plain = dataclasses.replace(factors, basis=None)
@@ -102,9 +102,9 @@ def predictors(found: Survey, delta: dict[str, torch.Tensor]) -> dict[str, float
         sums["diagonal"] += 0.5 * float((plain.diagonal.double() * d.square()).sum())
         sums["K-FAC"] += plain.quadratic(d)
         sums["EKFAC"] += factors.quadratic(d)
-        sums["EKFAC and slope"] += factors.linear(d)
-    sums["EKFAC and slope"] = sums["EKFAC"] + max(0.0, sums["EKFAC and slope"])
-    return sums
+        sums["slope"] += factors.linear(d)
+    slope = max(0.0, sums.pop("slope"))
+    return sums | {f"{name} and slope": sums[name] + slope for name in ("K-FAC", "EKFAC")}
 
 
 def singles(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, most: int) -> dict[str, Any]:
@@ -129,9 +129,17 @@ def singles(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, most: int
             **(predictors(found, delta) if delta else {}),
         })
         print(f"  {rows[-1]['change']}: measured {measured:+.4f}, corrected {rows[-1]['corrected']:+.4f}", flush=True)
+    return {"samples": len(data[1]), **ranks_of(rows), "rows": rows}
+
+
+METRICS = ("distance", "activations", "diagonal", "K-FAC", "EKFAC", "K-FAC and slope", "EKFAC and slope")
+
+
+def ranks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How well every metric orders the changes: all, those of one kind, and EKFAC less K-FAC with paired intervals."""
     full = [row for row in rows if "K-FAC" in row]
     ranks = {}
-    for name in ("distance", "activations", "diagonal", "K-FAC", "EKFAC", "EKFAC and slope", "corrected"):
+    for name in (*METRICS, "corrected"):
         chosen = full if name != "corrected" else [row for row in rows if not row["anchor"]]
         p, m = [row[name] for row in chosen], [row["measured"] for row in chosen]
         seen = [(a, b) for a, b in zip(p, m) if a > 0 and b > 1e-3]
@@ -141,12 +149,24 @@ def singles(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, most: int
             "interval": rank_interval(p, m),
             "median factor": float(np.exp(np.median([abs(math.log(a / b)) for a, b in seen]))),
         }
-    plain = [row for row in full if row["kind"] == "grid"]
-    uncompensated = {
-        name: rank([row[name] for row in plain], [row["measured"] for row in plain])
-        for name in ("distance", "activations", "diagonal", "K-FAC", "EKFAC", "EKFAC and slope")
+    by_kind = {}
+    for kind in sorted({row["kind"] for row in full}):
+        some = [row for row in full if row["kind"] == kind]
+        m = [row["measured"] for row in some]
+        by_kind[kind] = {"changes": len(some)} | {name: rank([row[name] for row in some], m) for name in METRICS}
+    random = np.random.default_rng(0)
+    gains: dict[str, list[float]] = {"": [], " and slope": []}
+    for _ in range(1000):
+        drawn = [full[i] for i in random.integers(0, len(full), len(full))]
+        m = [row["measured"] for row in drawn]
+        for suffix, found in gains.items():
+            one, two = (rank([row[name + suffix] for row in drawn], m) for name in ("EKFAC", "K-FAC"))
+            found.append(one - two)
+    paired = {
+        f"EKFAC less K-FAC{suffix}": [float(x) for x in np.percentile(found, (2.5, 97.5))]
+        for suffix, found in gains.items()
     }
-    return {"samples": len(data[1]), "ranks": ranks, "ranks of grids alone": uncompensated, "rows": rows}
+    return {"ranks": ranks, "ranks of one kind": by_kind, "paired intervals": paired}
 
 
 def plans(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, count: int, seconds: float) -> dict[str, Any]:
