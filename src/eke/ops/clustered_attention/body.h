@@ -1,5 +1,6 @@
 // The jobs of clustered attention with one instruction set, a head at a time. Products of matrices go in tiles of
 // registers over panels of a right-hand side that was copied together.
+#include "../lanes.h"
 #include "call.h"
 #if LANES == 16
 #include <immintrin.h>
@@ -7,8 +8,6 @@
 namespace {
 
 constexpr i64 W = LANES;
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 constexpr int COLS = LANES == 16 ? 4 : 2, ROWS = LANES == 4 ? 4 : 6;
 constexpr i64 PANEL = COLS * W;  // columns of a panel
 constexpr i64 TOGETHER = 48;     // clusters whose rows are held at once, a multiple of ROWS
@@ -19,27 +18,6 @@ inline i64 up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a < b ? b : a; }
 inline float most_of(float a, float b) { return a < b ? b : a; }
-inline vec load(const float* p) { return *(const vec*)p; }
-inline void store(float* p, vec v) { *(vec*)p = v; }
-inline vec all(float f) { return vec{} + f; }
-
-// e^x for x <= 0, within two units of the last place; the polynomial is that of Cephes.
-inline vec exponential(vec x) {
-  x = x < -87.0f ? all(-87.0f) : x;
-  vec n = x * 1.44269504f + 12582912.0f;
-  n = n - 12582912.0f;
-  const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  typedef int32_t whole __attribute__((vector_size(LANES * 4)));
-  const whole power = (__builtin_convertvector(n, whole) + 127) << 23;
-  return p * (vec)power;
-}
 
 inline const float* row_of(const Rows& x, i64 b, i64 h, i64 t) { return x.at + b * x.batch + h * x.head + t * x.time; }
 
