@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from linear_attention import Runs, interleaved
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -36,7 +34,6 @@ from eke.ops import clustered_attention
 from eke.ops.clustered_attention import Asked, Hamming, KMeans, native, reference
 from eke.ops.clustered_attention.break_even import pays
 
-Runs = dict[str, Callable[[], Any]]
 MEMORY = """
 import torch
 from eke.ops import clustered_attention
@@ -52,23 +49,6 @@ with torch.no_grad():
     {call}
 print(held("VmHWM") - before)
 """
-
-
-def interleaved(runs: Runs, seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of every run: in turns until the time is over, at least thrice."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, run in runs.items():
-            start = time.thread_time()
-            run()
-            times[name].append(1e3 * (time.thread_time() - start))
-    return {
-        name: {"median": statistics.median(values), "quartile": sorted(values)[len(values) // 4], "runs": len(values)}
-        for name, values in times.items()
-    }
 
 
 def inputs(length: int, heads: int, dim: int) -> list[Tensor]:

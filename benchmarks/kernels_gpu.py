@@ -89,6 +89,16 @@ def matrix_instructions(built: Any) -> list[str]:
     return sorted(set(found))
 
 
+def needs(source: Any, target: str, warps: int) -> dict[str, Any]:
+    """What a kernel needs once it is compiled, or why it is not."""
+    try:
+        built = triton.compile(source(), target=TARGETS[target], options={"num_warps": warps})
+        found = (nvidia if target.startswith("sm_") else amd)(built)
+    except Exception as error:  # what a compiler cannot do is a result too
+        return {"ok": False, "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    return {"ok": True, **found, "shared_bytes": built.metadata.shared, "instructions": matrix_instructions(built)}
+
+
 def compiled(kernel: str, target: str, case: tuple[str, str], layout: str) -> dict[str, Any]:
     """One row: what the compiled kernel needs, or why there is none."""
     dtype, precision = case
@@ -96,21 +106,7 @@ def compiled(kernel: str, target: str, case: tuple[str, str], layout: str) -> di
         "kernel": kernel, "target": target, "dtype": dtype, "precision": precision if dtype == "float32" else None,
         "layout": layout,
     }  # fmt: skip
-    try:
-        built = triton.compile(
-            source_of(KERNELS[kernel], dtype, precision, layout),
-            target=TARGETS[target],
-            options={"num_warps": gpu.WARPS},
-        )
-        needs = (nvidia if target.startswith("sm_") else amd)(built)
-    except Exception as error:  # what a compiler cannot do is a result too
-        return row | {"ok": False, "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-    return row | {
-        "ok": True,
-        **needs,
-        "shared_bytes": built.metadata.shared,
-        "instructions": matrix_instructions(built),
-    }
+    return row | needs(lambda: source_of(KERNELS[kernel], dtype, precision, layout), target, gpu.WARPS)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from kernels_gpu import TARGETS, TYPES, amd, matrix_instructions, nvidia
+from kernels_gpu import TARGETS, TYPES, needs
 from triton.compiler import ASTSource
 
 import eke
@@ -53,21 +53,7 @@ def compiled(kernel: str, target: str, case: tuple[str, str], size: int) -> dict
         "kernel": kernel, "target": target, "dtype": dtype, "precision": precision if dtype == "float32" else None,
         "size": size,
     }  # fmt: skip
-    try:
-        built = triton.compile(
-            source_of(kernel, dtype, precision, size),
-            target=TARGETS[target],
-            options={"num_warps": gpu.WARPS},
-        )
-        needs = (nvidia if target.startswith("sm_") else amd)(built)
-    except Exception as error:  # what a compiler cannot do is a result too
-        return row | {"ok": False, "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-    return row | {
-        "ok": True,
-        **needs,
-        "shared_bytes": built.metadata.shared,
-        "instructions": matrix_instructions(built),
-    }
+    return row | needs(lambda: source_of(kernel, dtype, precision, size), target, gpu.WARPS)
 
 
 def main() -> None:
