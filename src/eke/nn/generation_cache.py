@@ -44,8 +44,7 @@ def _library() -> Any:
 class _Sequences:
     """Changes of the batch, for layers that say how each of their tensors is changed."""
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps.")
+    _each: Callable[[Callable[[Tensor], Tensor]], None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take what these beams keep."""
