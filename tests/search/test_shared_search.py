@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from eke import search
-from eke.search.spaces import NasBench201
+from eke.search.spaces import MobileNet, NasBench201, TimmResNet, TimmViT
 
 SMALL = NasBench201(resolution=8, channels=4, cells=1)
 BUDGET = search.Limits(flops=SMALL.flops("dddaaa"))
@@ -30,6 +30,14 @@ def test_search_is_kept_and_goes_on(tmp_path, kind):
     assert len({t.architecture for t in again.trials}) == len(again.trials) == 5
     assert all(t.costs["flops"] <= BUDGET.flops and SMALL.connected(t.architecture) for t in again.trials)
     assert all(t.values["score"] == SMALL.log_numel(t.architecture) for t in again.trials)
+
+
+@pytest.mark.parametrize("space", [MobileNet(resolution=32), TimmResNet(resolution=32), TimmViT(resolution=32)])
+def test_spaces_whose_settings_are_tuples_go_on(tmp_path, space):
+    url = f"journal:{tmp_path}/log"
+    for evaluations in (1, 2):
+        found = search.share(space, space.parameters, storage=url, evaluations=evaluations, seed=evaluations)
+        assert len(found.trials) == evaluations
 
 
 def test_front_improves_with_generations(tmp_path):

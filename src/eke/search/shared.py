@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import math
 import os
@@ -79,12 +80,15 @@ def share(
     limits = Limits() if budget is None else budget
     if unknown := sorted(set(costs) - set(COSTS)):
         raise ValueError(f"Costs are {', '.join(COSTS)}, got {unknown}.")
-    settings = {
-        **space.settings(),
-        "budget": {name: value for name, value in asdict(limits).items() if value is not None},
-        "scores": list(scores),
-        "costs": list(costs),
-    }
+    # as the storage gives it back: tuples are lists there
+    settings = json.loads(
+        json.dumps({
+            **space.settings(),
+            "budget": {name: value for name, value in asdict(limits).items() if value is not None},
+            "scores": list(scores),
+            "costs": list(costs),
+        })
+    )
     with _quiet():
         opened = _opened(optuna, storage, study, settings, population, seed)
         worker = _Worker(optuna, opened, space, objective, limits, tuple(scores), tuple(costs))
