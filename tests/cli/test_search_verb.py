@@ -82,6 +82,14 @@ def test_recipe_repeats_the_search_and_a_longer_one_goes_on(eke, tmp_path):
     assert recipe["training"]["optimizer"].startswith("SGD")
 
 
+def test_folder_of_other_proxies_is_not_gone_on_with(eke, tmp_path):
+    words = ("search", "--space", "nb201", "--resolution", "8", "--evaluations", "2", "--out", tmp_path)
+    eke(*words, "--proxies", "params")
+    said = eke(*words, "--proxies", "log_numel", code=1)
+    assert "is the log of another search" in said.stderr
+    assert "Give another file" in said.stderr
+
+
 def test_own_space_and_data_with_measured_limits(eke, mine, tmp_path):
     said = eke(
         "search", "--space", f"{mine}:space", "--data", f"{mine}:batches", "--proxies", "zico,az_nas.trainability",

@@ -105,6 +105,27 @@ def test_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path):
         search.evolve(SMALL, SMALL.log_numel, evaluations=60, log=tmp_path / "log")
 
 
+def test_log_goes_on_with_the_same_proxies_method_and_weights_only(tmp_path):
+    def run(proxies=("params", "log_numel"), population=20, weights=0):
+        scorer = search.Scorer(SMALL, (), proxies, weights)
+        method = search.Evolution(population)
+        return search.evolve(SMALL, scorer, evaluations=3, method=method, log=tmp_path / "log")
+
+    first = run()
+    assert [t.architecture for t in run().trials] == [t.architecture for t in first.trials]
+    for other in ({"proxies": ("params",)}, {"population": 30}, {"weights": 1}):
+        with pytest.raises(ValueError, match="is the log of another search"):
+            run(**other)
+
+
+def test_file_that_is_no_log_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"another search, or none: it has mine.*Give another file"):
+        search.evolve(SMALL, SMALL.log_numel, evaluations=1, log=path)
+    assert path.read_text() == "mine"
+
+
 def test_scores_that_are_not_finite_survive_the_log(tmp_path):
     def objective(ops):
         return math.nan if ops[0] == "a" else -math.inf if ops[0] == "b" else SMALL.log_numel(ops)

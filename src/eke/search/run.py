@@ -64,6 +64,11 @@ class Scorer:
             values |= score(model, self.batches, proxies=left, loss=self.loss).means
         return values
 
+    def settings(self) -> dict[str, Any]:
+        """Return what a log must agree on: proxies by name, and the seed of the weights."""
+        names = [proxy if isinstance(proxy, str) else getattr(proxy, "__name__", "") for proxy in self.proxies]
+        return {"proxies": names, "weights": self.seed}
+
     @classmethod
     def of(cls, space: Space, batches: Iterable[Batch], *, proxies: Sequence[str | Proxy] = FUSION) -> Scorer:
         """Return the scorer for batches of any kind, read once.
@@ -97,7 +102,8 @@ def evolve(
         evaluations: Architectures that are scored, those of the log included.
         method: How to propose, new; steady-state evolution if not given.
         seed: Of the proposals.
-        log: File that keeps every trial, and from which the search goes on.
+        log: File that keeps every trial, and from which the search goes on. It knows limits, method, seed and a
+            `Scorer`'s proxies; that data, and objectives of another kind, are the same is up to the caller.
         progress: Called after each trial.
 
     Returns:
@@ -105,7 +111,7 @@ def evolve(
 
     Raises:
         ValueError: if no architecture keeps the limits (the nearest is named), `evaluations` is less than 1, or the log
-            is of another search.
+            is of another search, or no log at all.
     """
     if evaluations < 1:
         raise ValueError(f"evolve needs evaluations >= 1, got {evaluations}.")
@@ -114,7 +120,9 @@ def evolve(
         **space.settings(),
         "budget": {name: value for name, value in asdict(search.budget).items() if value is not None},
         "method": type(search.method).__name__,
+        **_numbers(search.method),
         "seed": seed,
+        **(objective.settings() if isinstance(objective, Scorer) else {}),
     }
     file = None if log is None else _Log(pathlib.Path(log), settings)
     for trial in file.trials if file is not None else ():
@@ -137,6 +145,11 @@ def evolve(
     return Found(space, tuple(search.trials), settings | {"evaluations": evaluations}, note)
 
 
+def _numbers(method: Method) -> dict[str, Any]:
+    """Return the plain numbers of a method: population, sample, changes."""
+    return {name: value for name, value in getattr(method, "__dict__", {}).items() if isinstance(value, int | float)}
+
+
 class _Log:
     """A file of JSON lines that is whole up to its last newline."""
 
@@ -144,11 +157,11 @@ class _Log:
         self.path = path
         header = json.dumps({"eke search": settings})
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        # what a kill cut short has no newline
+        # what a kill cut short has no newline; the first line is written as a whole
         kept = lines[:-1]
-        if kept and kept[0] != header:
+        if lines[0] and (not kept or kept[0] != header):
             raise ValueError(
-                f"{path} is the log of another search: it has {kept[0]:.300}, asked is {header:.300}. "
+                f"{path} is the log of another search, or none: it has {lines[0]:.600}, asked is {header:.600}. "
                 "Give another file, or ask the same."
             )
         self.trials = [parsed(text) for text in kept[1:]]
