@@ -94,12 +94,27 @@ def test_layers_train():
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in made.parameters())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("setting", [Clustering(), ALWAYS])
+def test_fewer_causal_queries_than_keys_are_the_last_positions(setting, masked):
+    q, k, v = (torch.randn(2, 40, 4, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(40).expand(2, -1) >= 7 if masked else None
+    whole = Clustering(exact_below=10**9)(q, k, v, causal=True, mask=mask)
+    for last in (1, 5):
+        found = setting(q[:, -last:], k, v, causal=True, mask=mask)
+        torch.testing.assert_close(found, whole[:, -last:], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         (lambda: ClusteredAttention(30, 4), "embed_dim must be a multiple of num_heads, got 30 and 4"),
         (lambda: layer()(inputs()[0]), "takes (batch, length, 32), got (40, 32)"),
         (lambda: layer(causal=True)(inputs(), context=inputs()), "it takes no context"),
+        (
+            lambda: ALWAYS(torch.zeros(1, 9, 2, 4), *2 * [torch.zeros(1, 5, 2, 4)], causal=True),
+            "at least as many keys as queries, got 5 and 9",
+        ),
         (
             lambda: Clustering(clusters=-1),
             "Clustering.clusters is an integer >= 0 or a tuple of them, one a head, got -1",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eke.nn import attention_sites, linearize, recurrent_cache
+from eke.nn import Clustering, attention_sites, cluster_attention, linearize, recurrent_cache
 
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
@@ -166,3 +166,17 @@ def test_a_converted_model_is_copied_and_loaded():
     again = linearize(drawn(llama), [batch], window=4, steps=0, seed=5).model
     again.load_state_dict(found.model.state_dict())
     assert torch.equal(output(again, batch), output(found.model, batch))
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("left", [0, 5])
+@pytest.mark.parametrize("clustering", [Clustering(), Clustering(clusters=5, topk=10**6, exact_below=0)])
+def test_clustered_decoders_generate_with_keys_as_without(make, left, clustering):
+    batch, model = tokens(left=left), drawn(make)
+    found = cluster_attention(model, [batch], clustering=clustering).model
+    given = {**batch, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**given)
+    assert torch.equal(found.generate(**given), expected)
+    assert torch.equal(found.generate(**given, use_cache=False), expected)
+    with pytest.raises(ValueError, match="Clustered ones have no state and generate with the usual cache"):
+        recurrent_cache(found)

@@ -5,7 +5,8 @@
     logits = found.model(images)
 
 Every module that calls `scaled_dot_product_attention`, and every `MultiheadAttention`, is found as a batch runs.
-Parameters keep their names: states of the original load. Causal attention to padded batches stays exact.
+Parameters keep their names: states of the original load. Causal attention to padded batches and generation with a cache
+stay exact.
 """
 
 from __future__ import annotations

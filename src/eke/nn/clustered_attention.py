@@ -72,20 +72,28 @@ class Clustering:
             v: Values, (batch, keys, heads, values).
             mask: Which keys are real, (batch, keys), bool.
             query_mask: Which queries are real, (batch, length), bool.
-            causal: Whether position i sees positions up to i alone.
+            causal: Whether position i sees positions up to i alone. Fewer queries than keys are the last positions, as
+                in generation with a cache, and are exact.
             scale: Of the logits; None for 1 / sqrt(dim).
             start: Centres from which the clusterer starts, (1 or batch, heads, C, dim).
 
         Returns:
             (batch, length, heads, values).
+
+        Raises:
+            ValueError: if a causal call has more queries than keys.
         """
-        heads, length = q.shape[2], q.shape[1]
+        heads, length, keys = q.shape[2], q.shape[1], k.shape[1]
+        if causal and keys < length:
+            raise ValueError(f"Causal attention needs at least as many keys as queries, got {keys} and {length}.")
         topk = _each(self.topk, heads, "topk")
         clusters = [min(c, length) for c in _each(self.clusters, heads, "clusters")]
-        if (causal and mask is not None) or (self.exact_below is not None and length < self.exact_below):
-            clusters = [0] * heads  # a cluster of past queries sees one set of keys: none of them may be padding
+        # A cluster of past queries sees one set of keys: none of them may be padding.
+        apart = causal and (mask is not None or keys > length)
+        if apart or (self.exact_below is not None and length < self.exact_below):
+            clusters = [0] * heads
         elif self.exact_below is None:
-            shape = length, k.shape[1], q.shape[3] + v.shape[3]
+            shape = length, keys, q.shape[3] + v.shape[3]
             clusters = [
                 c if c and pays(shape, clusters=c, topk=t, causal=causal) else 0 for c, t in zip(clusters, topk)
             ]
@@ -207,9 +215,11 @@ def _each(value: int | tuple[int, ...], heads: int, name: str) -> list[int]:
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is None:
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
-    allowed = mask[:, None, None, :]
+    length, keys = q.shape[2], k.shape[2]
+    if mask is None and (not causal or length in {1, keys}):
+        # A single query is the last position. is_causal would take it for the first.
+        return scaled_dot_product_attention(q, k, v, is_causal=causal and length == keys, scale=scale).transpose(1, 2)
+    allowed = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=q.device) if mask is None else mask[:, None, None, :]
     if causal:
-        allowed = allowed & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        allowed = allowed & torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
     return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale).transpose(1, 2)

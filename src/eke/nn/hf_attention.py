@@ -91,13 +91,6 @@ def _attend(
             f"Clustered attention reads padding, a bool mask (batch, keys), got {mask.dtype} of {tuple(mask.shape)}: "
             "this model makes masks of its own; keep its attention as it is."
         )
-    if causal and q.shape[1] != k.shape[1]:
-        # New tokens with a cache: few queries, nothing to share.
-        allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
-        allowed = allowed if mask is None else allowed & mask[:, None, None, :]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
-        return exact.transpose(1, 2)
     if causal and mask is not None and not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         mask = None  # padding after the real positions is never seen by them
     same = mask is not None and q.shape[1] == k.shape[1] and not causal

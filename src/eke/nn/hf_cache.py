@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require
+from .cluster_conversion import ClusteredSubstitute
 from .hybrid_attention import HybridState
 from .substitute import Substitute, substitutes
 
@@ -130,12 +131,15 @@ def recurrent_cache(model: nn.Module) -> Any:
     numbered = {
         int(index): part
         for name, part in parts.items()
-        if part.causal and (index := getattr(model.get_submodule(name), "layer_idx", None)) is not None
+        if part.causal
+        and not isinstance(part, ClusteredSubstitute)
+        and (index := getattr(model.get_submodule(name), "layer_idx", None)) is not None
     }
     if not numbered:
         raise ValueError(
-            f"{type(model).__name__} has {len(parts)} converted attentions and none that is causal with a layer_idx: "
-            "recurrent_cache is for Hugging Face decoders after linearize."
+            f"{type(model).__name__} has {len(parts)} converted attentions and none that is causal with a layer_idx "
+            "and a state: recurrent_cache is for Hugging Face decoders after linearize. Clustered ones have no state and "
+            "generate with the usual cache (leave past_key_values out)."
         )
     config = getattr(model, "config", None)
     depth = max(getattr(config, "num_hidden_layers", 0), 1 + max(numbered))
