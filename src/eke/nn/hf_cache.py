@@ -138,8 +138,8 @@ def recurrent_cache(model: nn.Module) -> Any:
     if not numbered:
         raise ValueError(
             f"{type(model).__name__} has {len(parts)} converted attentions and none that is causal with a layer_idx "
-            "and a state: recurrent_cache is for Hugging Face decoders after linearize. Clustered ones have no state and "
-            "generate with the usual cache (leave past_key_values out)."
+            "and a state: recurrent_cache is for Hugging Face decoders after linearize. Clustered ones have no state "
+            "and generate with the usual cache (leave past_key_values out)."
         )
     config = getattr(model, "config", None)
     depth = max(getattr(config, "num_hidden_layers", 0), 1 + max(numbered))
