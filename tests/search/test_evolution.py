@@ -185,6 +185,21 @@ def test_latency_and_memory_are_measured_where_they_are_limited():
     assert found.front("memory_bytes", "latency_seconds")
 
 
+def test_global_random_numbers_stay_as_they_are(tmp_path, monkeypatch):
+    def refuse(seed):
+        raise AssertionError(f"seed {seed} would stay behind on devices that are not in use")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    before = torch.get_rng_state()
+    space = tiny()
+    scorer = search.Scorer(space, [torch.zeros(2, 4)], ("params", "logsynflow"))
+    found = search.evolve(space, scorer, search.Limits(latency_seconds=30.0, memory_bytes=1e9), evaluations=3)
+    found.save(tmp_path)
+    search.load(tmp_path, space=space)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_impossible_limits_name_the_nearest(monkeypatch):
     with pytest.raises(ValueError, match=r"at most 100 FLOPs: the smallest, aaabaa, has \d+.*Raise the limit to that"):
         search.evolve(SMALL, SMALL.log_numel, search.Limits(flops=100))

@@ -22,7 +22,7 @@ from .pareto import pareto
 from .proposals import Trial, fused
 from .spaces import SPACES, Space
 from .spaces.space import plain
-from .tables import built
+from .subject import built
 
 ARCHITECTURE, WEIGHTS, RECIPE, TRIALS = "architecture.json", "model.safetensors", "recipe.yaml", "trials.jsonl"
 
@@ -170,7 +170,7 @@ def load(folder: str | pathlib.Path, *, space: Space | None = None) -> nn.Module
     data = json.loads((place / ARCHITECTURE).read_text(encoding="utf-8"))
     if space is None:
         space = named(data)
-    model = space.decode(plain(data["architecture"]))
+    model = built(lambda: space.decode(plain(data["architecture"])), data["seed"])
     model.load_state_dict(read_safetensors((place / WEIGHTS).read_bytes()))
     return model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import cost
 from .spaces.space import Space
+from .subject import built
 
 COSTS = {
     "flops": "FLOPs",
@@ -63,7 +64,7 @@ class Limits:
         wanted = [name for name in ("latency_seconds", "memory_bytes") if name in self.limited]
         if not wanted:
             return {}
-        model, example = space.decode(architecture).eval(), space.example(self.batch)
+        model, example = built(lambda: space.decode(architecture), 0).eval(), space.example(self.batch)
         found: dict[str, float] = {}
         if "memory_bytes" in wanted:
             found["memory_bytes"] = cost.peak_memory(model, example)

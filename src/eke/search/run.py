@@ -20,8 +20,8 @@ from .found import Found, line, parsed
 from .limits import Limits
 from .proposals import Evolution, Method, Objective, RandomSearch, RegularizedEvolution, Search
 from .spaces.space import Space
-from .subject import cross_entropy, listed
-from .tables import FUSION, Proxy, built, score
+from .subject import built, cross_entropy, listed
+from .tables import FUSION, Proxy, score
 
 METHODS: dict[str, type[Evolution | RegularizedEvolution | RandomSearch]] = {
     "evolution": Evolution,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 
 from .._types import Batch, Loss
 from ..cost.forward import call, unwrap
+
+Factory = Callable[[], nn.Module]
+"""Builds the network with fresh weights; called with the seed set."""
 
 
 @contextmanager
@@ -46,6 +49,44 @@ def apart(model: nn.Module) -> Iterator[nn.Module]:
     devices = {tensor.get_device() for tensor in double.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
         yield double.train()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw global random numbers from a seed, and give those of every device back afterwards.
+
+    Args:
+        seed: Of all devices that are in use.
+    """
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(cuda):
+        # torch.manual_seed would leave its seed behind for devices that are not in use yet
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def built(factory: Factory, seed: int) -> nn.Module:
+    """Return the network that a function builds with a seed; the global random numbers stay as they are.
+
+    Args:
+        factory: Builds it.
+        seed: Of its weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    with seeded(seed):
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"score needs a module or a function that returns one, got {type(model).__name__} {model!r:.60}."
+        )
+    return model
 
 
 def weights(model: nn.Module, *, frozen: bool = False) -> dict[str, nn.Parameter]:

@@ -24,11 +24,8 @@ from .. import cost
 from .._errors import suggest
 from .._types import Batch, Loss
 from . import codes, features, flow, size, sweep
-from .subject import apart, cross_entropy, inputs_of, listed
+from .subject import Factory, apart, built, cross_entropy, inputs_of, listed, seeded
 from .sweep import Subject
-
-Factory = Callable[[], nn.Module]
-"""Builds the network with fresh weights; called with the seed set."""
 
 Proxy = Callable[[Subject], float | Mapping[str, float]]
 """Scores a subject; several scores are listed as "proxy.name"."""
@@ -213,8 +210,7 @@ def score(
             subject = Subject(copy, data, loss, torch.Generator().manual_seed(seed))
             for name, (proxy, parts) in chosen.items():
                 begun = time.thread_time()
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
+                with seeded(seed):
                     found = _flat(name, proxy(subject))
                 spent = time.thread_time() - begun
                 for key in parts or found:
@@ -222,29 +218,6 @@ def score(
                     seconds[key] = seconds.get(key, 0.0) + spent / seeds
     rows = tuple(_row(name, tuple(found), confidence, seconds[name]) for name, found in values.items())
     return ScoreTable(rows, confidence)
-
-
-def built(factory: Factory, seed: int) -> nn.Module:
-    """Return the network that a function builds with a seed; the global random numbers stay as they are.
-
-    Args:
-        factory: Builds it.
-        seed: Of its weights.
-
-    Returns:
-        The network.
-
-    Raises:
-        TypeError: if it is no module.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"score needs a module or a function that returns one, got {type(model).__name__} {model!r:.60}."
-        )
-    return model
 
 
 def _named(proxies: Sequence[str | Proxy]) -> dict[str, tuple[Proxy, list[str]]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ... import cost
 from ..._errors import require
+from ..subject import built
 from .space import Choose, Space, images
 
 
@@ -91,7 +92,7 @@ class Choices(Space):
 
     def _costs(self, architecture: Any) -> tuple[int, int]:
         if architecture not in self._counted:
-            model = self.decode(architecture)
+            model = built(lambda: self.decode(architecture), 0)
             self._counted[architecture] = cost.flops(model, self.example()), cost.parameters(model)
         return self._counted[architecture]
 
