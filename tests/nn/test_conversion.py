@@ -372,6 +372,26 @@ def test_modules_keep_their_flags():
     assert net.first.training
 
 
+@pytest.mark.parametrize("make", [Net, encoder], ids=["own", "torch"])
+@pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "favor", "elu"])
+def test_models_of_every_type_are_converted_and_moved(make, feature_map):
+    batches = [x.double() for x in rows()]
+    settings = {"window": 4, "steps": 2, "feature_map": feature_map}
+    double = linearize(trained(make).double(), batches, **settings)
+    assert all(p.dtype == DOUBLE for p in double.model.parameters())
+    single = linearize(trained(make), rows(), **settings)
+    for ours, theirs in zip(double.layers, single.layers):
+        assert ours.error == pytest.approx(theirs.error, rel=1e-3)
+    with torch.no_grad():
+        wanted = single.model(rows()[0])
+        for dtype, near in ((DOUBLE, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+            out = copy.deepcopy(single.model).to(dtype)(rows()[0].to(dtype))
+            assert out.dtype == dtype
+            assert float((out.double() - wanted).norm() / wanted.norm()) < near
+    half = linearize(trained(make).bfloat16(), [x.bfloat16() for x in rows()], **settings)
+    assert {p.dtype for n, p in half.model.named_parameters() if ".linear." in n} <= {torch.float32}
+
+
 # Bad input
 
 

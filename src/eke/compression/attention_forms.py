@@ -46,8 +46,7 @@ def put_in_(
     reader = MaskReader()
     for name, form in forms.items():
         part = _new(name, form, reader) if parts is None else copy.deepcopy(parts[name])
-        like = next(model.get_submodule(name).parameters(), torch.empty(0))
-        substitute_(model.get_submodule(name), part.to(like.device))
+        substitute_(model.get_submodule(name), part)
     without_fast_path(model, Substitute)
 
 

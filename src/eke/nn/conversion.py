@@ -233,9 +233,6 @@ def _put_in_(
 ) -> dict[str, Substitute]:
     reader, parts = MaskReader(), {}
     for site in sites:
-        module = model.get_submodule(site.name)
-        like = next(module.parameters(), torch.empty(0))
-        part = Substitute(site, reader, window=window, feature_map=feature_map).to(like.device)
-        substitute_(module, part)
-        parts[site.name] = part
+        parts[site.name] = Substitute(site, reader, window=window, feature_map=feature_map)
+        substitute_(model.get_submodule(site.name), parts[site.name])
     return parts

@@ -14,6 +14,7 @@ Cost: O(L (D F + window D)) time for F features, O(L (D + F + window)) memory.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -231,7 +232,9 @@ class HybridAttention(nn.Module):
     def _features(self, f: nn.Module, x: Tensor, scale: float) -> Tensor:
         """Return the features of (batch, heads, length, dim) as (batch, length, heads, F)."""
         factor = (scale * math.sqrt(self.dim)) ** 0.5
-        features: Tensor = f((x if abs(factor - 1) < 1e-6 else x * factor).transpose(1, 2))
+        # A model may have been moved to another type since.
+        held = (part.dtype for part in itertools.chain(f.parameters(), f.buffers()) if part.is_floating_point())
+        features: Tensor = f((x if abs(factor - 1) < 1e-6 else x * factor).to(next(held, x.dtype)).transpose(1, 2))
         return features.to(x.dtype)
 
     def _gain(self) -> Tensor | float:

@@ -196,14 +196,16 @@ def substitute_(module: nn.Module, substitute: Substitute) -> None:
 
     Args:
         module: It.
-        substitute: Becomes its child.
+        substitute: Becomes its child, on the module's device and in its type, float32 for shorter ones.
 
     Raises:
         ValueError: if it has something of the child's name.
     """
     if hasattr(module, CHILD):
         raise ValueError(f"{type(module).__name__} has a {CHILD!r} of its own: it cannot be converted.")
-    module.add_module(CHILD, substitute.train(module.training))
+    like = next(module.parameters(), torch.empty(0))
+    substitute.to(like.device, torch.promote_types(like.dtype, torch.float32)).train(module.training)
+    module.add_module(CHILD, substitute)
     module.__class__ = _converted(type(module))  # type: ignore[arg-type]
 
 
