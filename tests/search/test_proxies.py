@@ -84,7 +84,49 @@ def test_fisher_is_the_squared_slope_of_gates_on_channels():
 
 def test_fisher_of_tokens_sums_over_places():
     product = torch.randn(4, 5, 3)
-    torch.testing.assert_close(sweep._per_channel(product), product.sum(1))
+    torch.testing.assert_close(sweep._per_channel(product, places_last=False), product.sum(1))
+
+
+def gated(make):
+    """The definition on a model whose linear layers see (..., channels), its convolutions (samples, channels, ...)."""
+    model, gates = make(), []
+    x = torch.randn(4, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gate(module, _inputs, output):
+        middle = [1] * (output.ndim - 2)
+        places_last = isinstance(module, nn.Conv1d)
+        shape = (len(output), output.shape[1], *middle) if places_last else (len(output), *middle, output.shape[-1])
+        gates.append(torch.ones(shape, dtype=torch.float64, requires_grad=True))
+        return output * gates[-1]
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Linear)) and module.weight.requires_grad:
+            module.register_forward_hook(gate)
+    grads = torch.autograd.grad(model(x).square().mean(), gates)
+    return sum(float(g.flatten(1).square().mean(0).sum()) / 2 for g in grads), x
+
+
+class Signal(nn.Module):
+    """A frozen convolution of 5 channels, a convolution along one dimension, a linear layer on four dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Conv1d(2, 5, 1).requires_grad_(False)
+        self.conv, self.linear = nn.Conv1d(5, 3, 3), nn.Linear(4, 7)
+
+    def forward(self, x):
+        return self.linear(self.conv(self.frozen(x)).unflatten(1, (3, 1)))
+
+
+def test_fisher_takes_channels_by_the_kind_of_layer_and_skips_what_is_frozen():
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Signal().double()
+
+    expected, x = gated(make)
+    found = sweep.fisher(search.Subject(make(), [x], loss=lambda model, batch: model(batch).square().mean()))
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_zico_bc_takes_the_sizes_of_feature_maps_away():

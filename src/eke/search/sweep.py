@@ -167,11 +167,12 @@ def grasp(subject: Subject) -> float:
 
 def fisher(subject: Subject) -> float:
     """Return the sum over channels of the squared derivative with respect to a gate on the channel."""
-    outputs: list[tuple[Tensor, Tensor]] = []
+    outputs: list[tuple[Tensor, Tensor, bool]] = []
 
-    def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        # what follows may work in place; the value is kept as it is here
-        outputs.append((output, output.detach().clone()))
+    def note(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if output.requires_grad:
+            # what follows may work in place; the value is kept as it is here
+            outputs.append((output, output.detach().clone(), isinstance(module, nn.modules.conv._ConvNd)))
 
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     handles = [m.register_forward_hook(note) for m in subject.model.modules() if isinstance(m, layers)]
@@ -181,16 +182,16 @@ def fisher(subject: Subject) -> float:
     finally:
         for handle in handles:
             handle.remove()
-    if value.requires_grad:
-        grads = torch.autograd.grad(value, [live for live, _ in outputs], allow_unused=True)
-        for (_, kept), grad in zip(outputs, grads):
+    if value.requires_grad and outputs:
+        grads = torch.autograd.grad(value, [live for live, _, _ in outputs], allow_unused=True)
+        for (_, kept, places_last), grad in zip(outputs, grads):
             if grad is not None:
-                found.append(_per_channel(kept * grad).square().mean(0).sum() / 2)
+                found.append(_per_channel(kept * grad, places_last=places_last).square().mean(0).sum() / 2)
     return float(torch.stack(found).sum()) if found else 0.0
 
 
-def _per_channel(product: Tensor) -> Tensor:
-    """Return (samples, channels): images have their channels second, everything else last."""
-    if product.ndim == 4:
-        return product.sum((2, 3))
-    return product.flatten(1, -2).sum(1) if product.ndim > 2 else product
+def _per_channel(product: Tensor, *, places_last: bool) -> Tensor:
+    """Return (samples, channels): convolutions have their channels second, linear layers last."""
+    if product.ndim < 3:
+        return product
+    return product.flatten(2).sum(2) if places_last else product.flatten(1, -2).sum(1)
