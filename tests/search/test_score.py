@@ -77,6 +77,36 @@ def test_vision_transformer_of_timm():
     assert table["log_numel"] == pytest.approx(sum(numels))
 
 
+def test_branches_that_are_dropped_at_random_count():
+    timm = pytest.importorskip("timm")
+
+    def vit(rate):
+        return timm.models.VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=16, depth=4, num_heads=2, num_classes=3, drop_path_rate=rate
+        )
+
+    proxies = ("log_numel", "synflow")
+    plain, dropping = (
+        search.score(lambda rate=rate: vit(rate), images(16), proxies=proxies).means for rate in (0, 0.9)
+    )
+    assert dropping == plain
+
+
+def test_layers_behind_a_constant_do_not_count():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.second(self.first(0 * x))
+
+    assert search.log_numel(Cut(), torch.randn(1, 4)) == 0.0
+    assert search.log_numel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(1, 4)) == pytest.approx(
+        math.log(16) + math.log(12)
+    )
+
+
 def test_resnet_of_timm():
     timm = pytest.importorskip("timm")
     proxies = [name for name in search.PROXIES if name != "flops"]

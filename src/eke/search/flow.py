@@ -2,8 +2,8 @@
 
     R = sum of outputs,  synflow = sum w dR/dw,  logsynflow = sum w ln(dR/dw + 1),   all parameters as |w|
 
-What normalises is taken out. In a chain of L layers each layer conserves R, so synflow = L R. Values grow with depth
-beyond float32 (1e47 on NAS-Bench-201), hence float64.
+What normalises or drops branches is taken out. In a chain of L layers each layer conserves R, so synflow = L R. Values
+grow with depth beyond float32 (1e47 on NAS-Bench-201), hence float64.
 
 Sources: H. Tanaka et al., SynFlow, 2020; N. Cavagnero et al., FreeREA, 2023 (the logarithm).
 Cost: a forward and a backward pass of one sample.
@@ -36,7 +36,7 @@ def logsynflow(subject: Subject) -> float:
 
 def _flow(subject: Subject) -> list[tuple[Tensor, Tensor]]:
     """Return |w| and dR/dw of each layer."""
-    model = without_norms(copy.deepcopy(subject.model)).double()
+    model = without_norms(copy.deepcopy(subject.model)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()

@@ -45,16 +45,17 @@ def log_numel(model: nn.Module, *inputs: Any) -> float:
 def _on_a_path(model: nn.Module, chosen: dict[str, nn.Parameter], inputs: tuple[Any, ...]) -> list[str]:
     """Return the weights whose gradient is not zero when all weights and inputs are positive.
 
-    Weights are random means, U(0.5, 1.5) / inputs, so that nothing grows or cancels; what normalises is taken out.
+    Weights are random means, U(0.5, 1.5) / inputs, so that nothing grows or cancels; what normalises, drops branches or
+    adds a constant is taken out.
     """
     generator = torch.Generator().manual_seed(0)
-    without_norms(model).double()
-    for parameter in model.parameters():
+    without_norms(model).double().eval()
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(True)
         drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
         fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
         with torch.no_grad():
-            parameter.copy_(drawn / fan_in)
+            parameter.copy_(torch.zeros_like(drawn) if name.endswith("bias") else drawn / fan_in)
 
     def positive(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
