@@ -92,6 +92,20 @@ def test_padding_is_read():
     assert bool(chosen.model(x, src_key_padding_mask=hidden)[~hidden].isfinite().all())
 
 
+def test_padding_of_another_sequence_hides_no_queries():
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True).eval()
+    x, memory, hidden = torch.randn(2, 20, 32), torch.randn(2, 20, 32), torch.zeros(2, 20, dtype=torch.bool)
+    hidden[0, 12:] = True
+
+    def call(net, batch):
+        return net(batch, memory, memory_key_padding_mask=hidden)
+
+    found = cluster_attention(model, [x], clustering=EVERY, forward=call)
+    assert len(found.layers) == 2
+    torch.testing.assert_close(call(found.model, x), call(model, x), rtol=1e-4, atol=1e-5)
+
+
 def test_converted_models_train_and_are_copied():
     import copy
 

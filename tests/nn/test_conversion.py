@@ -319,6 +319,29 @@ def test_torch_encoders_take_padding_and_the_past():
         torch.testing.assert_close(causal(decoder, x), causal(net, x), rtol=1e-4, atol=1e-5)
 
 
+def test_attention_to_another_sequence_has_no_window_whatever_the_lengths():
+    torch.manual_seed(0)
+    net = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    x, memory, other = (torch.randn(2, length, 16) for length in (12, 12, 9))
+    found = linearize(net, [x], window=4, steps=2, forward=lambda model, batch: model(batch, memory))
+    assert {layer.name: layer.window for layer in found.layers} == {"self_attn": 4, "multihead_attn": 0}
+    assert found.model(x, other).shape == x.shape
+
+
+def test_a_module_that_attends_to_itself_and_to_others_is_left():
+    net, x = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True), Own()]), rows(1)[0]
+
+    def call(model: nn.Module, batch: Tensor) -> Tensor:
+        y, _ = model[0](batch, batch, batch)
+        return model[1](y + model[0](batch, y, y)[0])
+
+    found = linearize(net, [x], window=4, steps=0, forward=call)
+    assert [layer.name for layer in found.layers] == ["1"]
+    assert [(site.name, site.reason) for site in found.left] == [
+        ("0", "it attends in several ways, which one substitute cannot")
+    ]
+
+
 def test_low_rank_tuning_lowers_the_loss_and_leaves_the_shape():
     net, batches = trained(), rows()
     teacher = copy.deepcopy(net)

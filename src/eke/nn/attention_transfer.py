@@ -186,14 +186,14 @@ def _answer(part: Substitute, asked: Asked) -> Tensor:
     return out  # type: ignore[no-any-return]
 
 
-def _rows(asked: Asked) -> Tensor | None:
+def _rows(part: Substitute, asked: Asked) -> Tensor | None:
     """Return which queries are real, (batch, queries), where that is known."""
-    return asked.real if asked.q.shape[2] == asked.k.shape[2] else None
+    return asked.real if part.beside and asked.q.shape[2] == asked.k.shape[2] else None
 
 
 def _difference(part: Substitute, asked: Asked, out: Tensor) -> tuple[Tensor, Tensor]:
     """Return error and outputs in float32, zero where a position is not real."""
-    difference, rows = _answer(part, asked) - out, _rows(asked)
+    difference, rows = _answer(part, asked) - out, _rows(part, asked)
     if rows is not None:
         # What softmax attention gives where nothing is seen is no number.
         difference, out = (x.masked_fill(~rows[:, None, :, None], 0) for x in (difference, out))
@@ -218,7 +218,7 @@ def _softmax_weights(part: Substitute, asked: Asked) -> tuple[Tensor, Tensor]:
     seen = torch.ones_like(scores[:, :1], dtype=torch.bool)
     seen = seen.tril(k.shape[2] - q.shape[2]) if part.causal else seen
     seen = seen if real is None else seen & real[:, None, None]
-    rows = _rows(asked)
+    rows = _rows(part, asked)
     counted = seen.any(-1) if rows is None else seen.any(-1) & rows[:, None]
     return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0), counted
 

@@ -44,7 +44,7 @@ class ClusteredSubstitute(Substitute):
     def __init__(self, site: AttentionSite, reader: MaskReader, clustering: Clustering) -> None:
         nn.Module.__init__(self)  # no feature maps, no window
         self.heads, self.dim, self.causal = site.heads, site.dim, site.causal
-        self._reader, self.beside = reader, site.queries == site.keys
+        self._reader, self.beside = reader, site.beside
         self.clustering, self.lesson, self.kept = clustering, None, None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None, float | None]] | None = None
 
@@ -76,7 +76,7 @@ class ClusteredSubstitute(Substitute):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.seen is not None:
             self.seen.append((q, k, real, scale))
-        both = real if q.shape[1] == k.shape[1] and not causal else None
+        both = real if self.beside and q.shape[1] == k.shape[1] and not causal else None
         out = self.clustering(q, k, v, mask=real, query_mask=both, causal=causal, scale=scale)
         return out.transpose(1, 2), state
 

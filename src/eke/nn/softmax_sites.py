@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .._types import Batch
 Forward = Callable[[nn.Module, Batch], Any]
 """`forward(model, batch)`: runs the model on a batch."""
 
+_KIND = ("heads", "dim", "causal", "beside")
+"""What all calls of a module must have in common."""
 _LABELS = ("labels", "label", "targets", "target")
 _MASKED = -1e4
 """What is added to scores at most where a float mask leaves a key out."""
@@ -40,6 +42,7 @@ class AttentionSite:
         queries: Positions of the batch that was watched.
         keys: Keys that they saw.
         reason: Why it cannot be converted; None where it can.
+        across: Whether keys are known to be of another sequence: `MultiheadAttention` is given both.
     """
 
     name: str
@@ -49,6 +52,12 @@ class AttentionSite:
     queries: int
     keys: int
     reason: str | None = None
+    across: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Whether keys stand at the positions of the queries, as far as can be seen."""
+        return self.queries == self.keys and not self.across
 
 
 def call_on(model: nn.Module, batch: Batch) -> Any:
@@ -188,8 +197,8 @@ def attention_sites(model: nn.Module, batch: Batch, *, forward: Forward = call_o
         name = stack[-1] if stack else ""
         site = _described(name, modules[name], func, args, kwargs)
         known = found.get(name)
-        if known is not None and (known.heads, known.dim, known.causal) != (site.heads, site.dim, site.causal):
-            site = _refused(known, "it attends in several ways, which one substitute cannot")
+        if known is not None and any(getattr(known, x) != getattr(site, x) for x in _KIND):
+            site = replace(known, reason="it attends in several ways, which one substitute cannot")
         found[name] = site if known is None or known.reason is None else known
 
     def enter(name: str) -> Callable[..., None]:
@@ -213,10 +222,6 @@ def attention_sites(model: nn.Module, batch: Batch, *, forward: Forward = call_o
     return tuple(found.values())
 
 
-def _refused(site: AttentionSite, reason: str) -> AttentionSite:
-    return AttentionSite(site.name, site.heads, site.dim, site.causal, site.queries, site.keys, reason)
-
-
 def _described(name: str, module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionSite:
     """Return the site of one call."""
     if func is F.multi_head_attention_forward:
@@ -228,9 +233,9 @@ def _described(name: str, module: nn.Module, func: Any, args: tuple[Any, ...], k
         name, q.shape[-3] if q.ndim == 4 else 0, q.shape[-1], bool(given.get("is_causal")), queries, keys
     )
     if not name:
-        return _refused(site, "the model calls it itself, in no module of its own")
+        return replace(site, reason="the model calls it itself, in no module of its own")
     if q.ndim != 4:
-        return _refused(site, f"its queries are {tuple(q.shape)}, not (batch, heads, length, dim)")
+        return replace(site, reason=f"its queries are {tuple(q.shape)}, not (batch, heads, length, dim)")
     return _with_mask(site, mask)
 
 
@@ -240,19 +245,21 @@ def _with_mask(site: AttentionSite, mask: Tensor | None) -> AttentionSite:
             (site.causal, None) if mask is None else read_mask(mask, site.queries, site.keys, causal=site.causal)
         )
     except ValueError as error:
-        return _refused(site, str(error))
-    return AttentionSite(site.name, site.heads, site.dim, causal, site.queries, site.keys)
+        return replace(site, reason=str(error))
+    return replace(site, causal=causal)
 
 
 def _multihead(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionSite:
     """Return the site of a MultiheadAttention."""
-    query, key, _, width, heads = args[:5]
+    query, key, value, width, heads = args[:5]
     hint = bool(kwargs.get("is_causal"))
-    site = AttentionSite(name, heads, width // heads, hint, query.shape[0], key.shape[0])
+    # Queries and keys may come from one sequence by different ways; keys and values that queries are not are another's.
+    across = key is value and query is not key
+    site = AttentionSite(name, heads, width // heads, hint, query.shape[0], key.shape[0], across=across)
     if type(module) is not nn.MultiheadAttention:
-        return _refused(site, f"{type(module).__name__} is no torch.nn.MultiheadAttention itself")
+        return replace(site, reason=f"{type(module).__name__} is no torch.nn.MultiheadAttention itself")
     if module.bias_k is not None or module.add_zero_attn:
-        return _refused(site, "it adds keys of its own (add_bias_kv, add_zero_attn)")
+        return replace(site, reason="it adds keys of its own (add_bias_kv, add_zero_attn)")
     mask = kwargs.get("attn_mask")
     return _with_mask(site, None if hint else seen_by_heads(mask, heads))
 

@@ -56,7 +56,7 @@ class Substitute(HybridAttention):
 
     def __init__(self, site: AttentionSite, reader: MaskReader, *, window: int, feature_map: MapName | MapRule) -> None:
         # Another sequence's keys stand at no distance from the queries.
-        self.beside = site.queries == site.keys
+        self.beside = site.beside
         super().__init__(site.heads, site.dim, window=window if self.beside else 0, feature_map=feature_map)
         self.causal = site.causal
         self._reader = reader
