@@ -169,6 +169,7 @@ def test_one_score_of_several_can_be_asked_for():
         torch.manual_seed(0)
         model = SMALL.decode("dcbdec")
     again = search.score(model, images(), proxies=("az_nas.trainability", "az_nas")).means
+    assert search.score(model, images(), proxies=("az_nas", "az_nas.trainability")).means == again
     assert list(some) == ["az_nas.trainability", "az_nas.expressivity"]
     assert (
         list(whole)[:3]

@@ -241,8 +241,9 @@ def _named(proxies: Sequence[str | Proxy]) -> dict[str, tuple[Proxy, list[str]]]
         elif name in PROXIES:
             chosen[name] = PROXIES[name], []
         elif part and part in PARTS.get(whole, ()):
-            known = chosen.get(whole, (PROXIES[whole], []))[1]
-            chosen[whole] = PROXIES[whole], [*known, name]
+            known = chosen[whole][1] if whole in chosen else None
+            # no parts stand for all of them, which include this one
+            chosen[whole] = PROXIES[whole], [name] if known is None else known and [*known, name]
         else:
             raise ValueError(f"There is no proxy {name!r}.{suggest(name, [*PROXIES, *_dotted()])}")
     return chosen
