@@ -200,6 +200,13 @@ def test_bad_batches_are_named():
         search.zico(network(), [data[0], (data[1][0], data[1][1] * 0 + torch.arange(6) + 5)])
     with pytest.raises(ValueError, match="Batch 0: labels must be whole numbers"):
         search.zico(network(), [(x, F.one_hot(y, 10).float()) for x, y in data])
+    with pytest.raises(ValueError, match=r"shape \(6,\), got torch.int64 of \(5,\); give `loss=`"):
+        search.zico(network(), [(x, y[:5]) for x, y in data])
+    with pytest.raises(ValueError, match=r"Batch 0: all of the 6 labels are -100"):
+        search.zico(network(), [(x, y * 0 - 100) for x, y in data])
+    pixels = [(torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 8\), got torch.int64 of \(2, 8, 8\); give `loss=`"):
+        search.zico(nn.Conv2d(3, 5, 1), pixels)
     with pytest.raises(FloatingPointError, match="Batch 1: the loss is nan"):
         search.zico(network(), [data[0], (data[1][0] * math.nan, data[1][1])])
     with pytest.raises(ValueError, match=r"ReLU has no trainable convolution or linear layer.*unfreeze"):

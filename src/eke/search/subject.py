@@ -194,7 +194,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         A scalar.
 
     Raises:
-        ValueError: if there are no labels, or one of them is no class.
+        ValueError: if there are no labels, their shape is not that of the outputs, or one of them is no class.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else _second(batch)
     if not isinstance(labels, Tensor):
@@ -204,13 +204,15 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         )
     logits = tensor_of(call(model, inputs_of(batch)))
     classes = logits.shape[-1]
-    if labels.ndim == logits.ndim or labels.is_floating_point():
+    if labels.shape != logits.shape[:-1] or labels.is_floating_point():
         raise ValueError(
             f"labels must be whole numbers of shape {tuple(logits.shape[:-1])}, got {labels.dtype} of "
             f"{tuple(labels.shape)}; give `loss=` for targets that are no classes."
         )
     counted = labels[labels != -100]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+    if not counted.numel():
+        raise ValueError(f"all of the {labels.numel()} labels are -100, so there is no loss; leave the batch out.")
+    if not 0 <= int(counted.min()) <= int(counted.max()) < classes:
         raise ValueError(
             f"labels go from {int(counted.min())} to {int(counted.max())}, the model has {classes} outputs, so they "
             f"must be 0..{classes - 1}; build the model with more classes or map the labels."
