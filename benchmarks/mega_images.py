@@ -55,7 +55,15 @@ SIZE, VIEW, PATCH, OBJECT, SAMPLES = 1500, 180, 50, 28, 10
 ENTROPY = 1e-3
 SHARP = 10.0
 """Features have norm 1: without a larger scale the softmax of a head stays flat for long."""
-METHODS = ("sampling, murthy", "sampling, corrected", "sampling, paper_code", "uniform patches", "IPS", "all patches")
+METHODS = (
+    "sampling, murthy",
+    "sampling, corrected",
+    "sampling, paper_code",
+    "uniform patches",
+    "IPS",
+    "all patches",
+    "all patches, overlapping",
+)
 
 
 def objects(name: str, options: argparse.Namespace) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -151,7 +159,7 @@ def beforehand(small: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], steps:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 200 == 199:
+        if step % 500 == 499:
             print(f"  encoder: step {step + 1}, loss {loss.item():.3f}", flush=True)
     return body.state_dict()
 
@@ -165,16 +173,16 @@ class Uniform(nn.Module):
 
 
 class AllPatches(nn.Module):
-    """Multiple-instance learning with attention on all 900 patches; empty ones are encoded once if asked."""
+    """Multiple-instance learning with attention on all patches of a grid; empty ones are encoded once if asked."""
 
-    def __init__(self, *, once: bool) -> None:
+    def __init__(self, *, once: bool, stride: int = PATCH) -> None:
         super().__init__()
-        self.encoder, self.once = encoder(), once
+        self.encoder, self.once, self.stride = encoder(), once, stride
         self.gate = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 1))
 
     def forward(self, images: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and attention."""
-        line = torch.arange(0, images.shape[-1] - PATCH + 1, PATCH)
+        line = torch.arange(0, images.shape[-1] - PATCH + 1, self.stride)
         places = torch.cartesian_prod(line, line).expand(len(images), -1, 2)
         patches = gather(images, places, (PATCH, PATCH)).flatten(0, 1)
         kept = patches.flatten(1).bool().any(1) if self.once else torch.ones(len(patches), dtype=torch.bool)
@@ -240,7 +248,9 @@ def made(method: str, size: int = SIZE) -> nn.Module:
                 Normalized(*encoder()), dim=32, patch=PATCH, grid=grid, pool=pool, memory=SAMPLES, chunk=100
             )
         )
-    return AllPatches(once=method == "all patches") if method.startswith("all") else WholeImage()
+    if method.startswith("all"):
+        return AllPatches(once="900" not in method, stride=PATCH // 2 if "overlapping" in method else PATCH)
+    return WholeImage()
 
 
 def train(
@@ -298,7 +308,7 @@ def task(name: str, options: argparse.Namespace) -> tuple[tuple[Tensor, ...], di
             nn.functional.adaptive_avg_pool2d(image[None].float() / 255, (VIEW, VIEW)) for image in images
         ])
         found += [images, views, classes]
-    return tuple(found), beforehand(small[:cut], labels[:cut], 20 if options.smoke else 800)
+    return tuple(found), beforehand(small[:cut], labels[:cut], 20 if options.smoke else 2500)
 
 
 def step_of(method: str, size: int = SIZE, view_size: int = VIEW) -> Callable[[bool], None]:

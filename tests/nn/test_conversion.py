@@ -150,6 +150,9 @@ def test_masks_are_read():
             assert causal is kind
             assert torch.equal(real, padding)
     assert read_mask(torch.ones(1, 4, dtype=torch.bool), 1, 4, causal=True)[0] is True
+    alone = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    alone[..., 0] = True  # who sees one key only sees it from all sides or from the past
+    assert [read_mask(alone, 4, 4, causal=kind)[0] for kind in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +343,34 @@ def test_a_module_that_attends_to_itself_and_to_others_is_left():
     assert [(site.name, site.reason) for site in found.left] == [
         ("0", "it attends in several ways, which one substitute cannot")
     ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_batches_of_one_real_position_are_of_the_kind_that_was_converted(causal):
+    net, x = trained(lambda: Net(causal=False)), rows(1)[0]
+    past = torch.ones(24, 24, dtype=torch.bool).tril() if causal else torch.ones(24, 24, dtype=torch.bool)
+    real = torch.arange(24) == 0
+    model = linearize(net, [{"x": x, "mask": past[None, None]}], window=4, steps=0).model
+    with torch.no_grad():
+        out = model(x, (past & real)[None, None].expand(4, 1, 24, 24))[:, :1]
+        torch.testing.assert_close(out, net(x[:, :1]), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_torch_attention_are_hidden_or_seen_and_not_weighed():
+    net, x, bias = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True)]), rows(1)[0], torch.randn(4, 24)
+
+    def call(model: nn.Module, batch: Tensor, padding: Tensor | None = None) -> Tensor:
+        return model[0](batch, batch, batch, key_padding_mask=padding, need_weights=False)[0]
+
+    with pytest.raises(ValueError, match="'0': a bias is added to its scores"):
+        linearize(net, [x], steps=0, forward=lambda model, batch: call(model, batch, bias))
+    model = linearize(net, [x], window=24, steps=0, forward=call).model
+    with pytest.raises(ValueError, match="Converted attention cannot do this: a bias is added to its scores"):
+        call(model, x, bias)
+    hidden = torch.arange(24) >= 18
+    hidden = hidden.expand(4, -1)
+    for padding in (hidden, torch.zeros(4, 24).masked_fill(hidden, -torch.inf)):
+        torch.testing.assert_close(call(model, x, padding)[:, :18], call(net, x, hidden)[:, :18], rtol=1e-4, atol=1e-5)
 
 
 def test_low_rank_tuning_lowers_the_loss_and_leaves_the_shape():

@@ -88,6 +88,11 @@ def test_what_cannot_be_is_named(tmp_path):
         search.share(SMALL, SMALL.log_numel, storage="sqlite:////nowhere/a.db")
     with pytest.raises(ValueError, match=r"Costs are flops, .*got \['joules'\]"):
         search.share(SMALL, SMALL.log_numel, storage=url, costs=("joules",))
+    with pytest.raises(ValueError, match="evaluations >= 1, got 0"):
+        search.share(SMALL, SMALL.log_numel, storage=url, evaluations=0)
+    scorer = search.Scorer(SMALL, (), ("params", "flops"))
+    with pytest.raises(ValueError, match=r"returns the scores \['params', 'flops'\], .* scores=\('params', 'flops'\)"):
+        search.share(SMALL, scorer, storage=url, study="unnamed", evaluations=1)
     search.share(SMALL, SMALL.log_numel, storage=url, evaluations=1)
     with pytest.raises(ValueError, match=r"now asked is .*Give another name"):
         search.share(SMALL, SMALL.log_numel, BUDGET, storage=url, evaluations=1)

@@ -129,7 +129,7 @@ def read_mask(mask: Tensor, queries: int, keys: int, *, causal: bool) -> tuple[b
         mask: (..., queries or 1, keys), bool (True: seen) or added to the scores.
         queries: Positions that ask.
         keys: Keys.
-        causal: What holds where the mask leaves it open.
+        causal: What holds where the mask leaves it open: a single query, a single key that is real.
 
     Returns:
         Whether positions see the past alone, and which keys are real.
@@ -153,7 +153,8 @@ def read_mask(mask: Tensor, queries: int, keys: int, *, causal: bool) -> tuple[b
     past = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
     # What positions see that are not real themselves does not matter.
     asks = real[:, keys - queries :, None] if queries <= keys else real.new_ones(1, queries, 1)
-    for kind, wanted in ((True, real[:, None] & past), (False, real[:, None])):
+    for kind in (causal, not causal):
+        wanted = real[:, None] & past if kind else real[:, None]
         if bool(((allowed == wanted) | ~asks).all()):
             return kind, real
     raise ValueError("its mask is neither padding nor the past: other pairs of positions are left out")
@@ -241,9 +242,10 @@ def _described(name: str, module: nn.Module, func: Any, args: tuple[Any, ...], k
 
 def _with_mask(site: AttentionSite, mask: Tensor | None) -> AttentionSite:
     try:
-        causal, _ = (
-            (site.causal, None) if mask is None else read_mask(mask, site.queries, site.keys, causal=site.causal)
-        )
+        causal = site.causal
+        if mask is not None:
+            either = causal or mask.shape[-2] > 1  # masks of pairs are made for the past, padding alone needs none
+            causal, _ = read_mask(mask, site.queries, site.keys, causal=either)
     except ValueError as error:
         return replace(site, reason=str(error))
     return replace(site, causal=causal)
@@ -260,8 +262,15 @@ def _multihead(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         return replace(site, reason=f"{type(module).__name__} is no torch.nn.MultiheadAttention itself")
     if module.bias_k is not None or module.add_zero_attn:
         return replace(site, reason="it adds keys of its own (add_bias_kv, add_zero_attn)")
-    mask = kwargs.get("attn_mask")
-    return _with_mask(site, None if hint else seen_by_heads(mask, heads))
+    mask, padding = kwargs.get("attn_mask"), kwargs.get("key_padding_mask")
+    site = _with_mask(site, None if hint else seen_by_heads(mask, heads))
+    return site if padding is None or site.reason else _with_mask(site, seen_keys(padding))
+
+
+def seen_keys(padding: Tensor) -> Tensor:
+    """Return a `key_padding_mask` of MultiheadAttention, (batch, keys) or (keys,), as attention itself takes it."""
+    padding = ~padding if padding.dtype == torch.bool else padding
+    return padding.reshape(-1, 1, 1, padding.shape[-1])
 
 
 def seen_by_heads(mask: Tensor | None, heads: int) -> Tensor | None:

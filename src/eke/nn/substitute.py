@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .hybrid_attention import HybridAttention, HybridState, MapName, MapRule
-from .softmax_sites import AttentionSite, MaskReader, seen_by_heads
+from .softmax_sites import AttentionSite, MaskReader, seen_by_heads, seen_keys
 
 CHILD = "linear"
 """Name of the child that a converted module gets."""
@@ -111,7 +111,9 @@ class Substitute(HybridAttention):
         if query.shape[1] != self.heads and query.shape[1] * query.shape[2] == self.heads:
             query = query.reshape(query.shape[0], self.heads, 1, query.shape[3])  # heads that share keys, side by side
         queries, keys = query.shape[2], key.shape[2]
-        kind, found = self._mask(attn_mask, queries, keys, is_causal or (self.causal and queries == 1))
+        # Of a batch whose samples have one real key each, a mask of pairs leaves open which kind it is.
+        pairs = attn_mask is not None and attn_mask.shape[-2] == queries
+        kind, found = self._mask(attn_mask, queries, keys, is_causal or (self.causal and (queries == 1 or pairs)))
         if queries > 1 and kind != self.causal:
             words = {True: "the past alone", False: "all positions"}
             raise ValueError(
@@ -135,6 +137,16 @@ class Substitute(HybridAttention):
             if kept is not None:
                 kept.state = state
         return out.reshape(*packed[:3], value.shape[3])
+
+    def real(self, padding: Tensor, queries: int, keys: int) -> Tensor | None:
+        """Return which keys are real, (batch, keys), by a mask (batch, 1, 1, keys).
+
+        Args:
+            padding: The mask, bool or added to the scores.
+            queries: Positions that ask.
+            keys: Keys.
+        """
+        return self._mask(padding, queries, keys, self.causal)[1]
 
     def _softmax(self, asked: Asked, mask: Tensor | None, causal: bool) -> Tensor:
         """Return what softmax attention gives."""
@@ -235,11 +247,9 @@ def _multihead_forward(
         F.linear(x, w, b).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
         for x, w, b in zip((query, key, value), weights, biases)
     )
-    real = None
-    if key_padding_mask is not None:
-        real = ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == 0
-    mask = None if is_causal else seen_by_heads(attn_mask, self.num_heads)
     substitute: Substitute = getattr(self, CHILD)
+    real = None if key_padding_mask is None else substitute.real(seen_keys(key_padding_mask), q.shape[2], k.shape[2])
+    mask = None if is_causal else seen_by_heads(attn_mask, self.num_heads)
     out = self.out_proj(substitute.instead(q, k, v, mask, is_causal=is_causal, real=real).transpose(1, 2).flatten(2))
     if not batched:
         return out.squeeze(0), None

@@ -72,7 +72,8 @@ def share(
         All trials of the search, best and front.
 
     Raises:
-        ValueError: if the storage holds another search of this name, or nothing keeps the limits.
+        ValueError: if the storage holds another search of this name, nothing keeps the limits, `evaluations` is less
+            than 1, or the objective returns other scores than `scores`.
         ConnectionError: if the storage cannot be reached.
         MissingExtraError: if Optuna is not installed.
     """  # noqa: DOC502
@@ -80,6 +81,8 @@ def share(
     limits = Limits() if budget is None else budget
     if unknown := sorted(set(costs) - set(COSTS)):
         raise ValueError(f"Costs are {', '.join(COSTS)}, got {unknown}.")
+    if evaluations < 1:
+        raise ValueError(f"share needs evaluations >= 1, got {evaluations}.")
     # as the storage gives it back: tuples are lists there
     settings = json.loads(
         json.dumps({
@@ -205,6 +208,9 @@ class _Worker:
 
         Returns:
             Whether something new that keeps the limits was scored.
+
+        Raises:
+            ValueError: if the objective returns other scores than those of the search.
         """
         trial = self.study.ask()
         trial.set_user_attr("worker", self.name)
@@ -226,6 +232,12 @@ class _Worker:
         else:
             value = self.objective(architecture)
             values = dict(value) if isinstance(value, Mapping) else {"score": value}
+            if set(values) != set(self.scores):
+                self.study.tell(trial, state=self.states.FAIL)
+                raise ValueError(
+                    f"The objective returns the scores {list(values)}, the search maximises {list(self.scores)}: "
+                    f"pass scores={tuple(values)}, under another name if the study exists."
+                )
             written = {name: str(float(values[name])) for name in self.scores}
             seconds = time.perf_counter() - begun
             trial.set_user_attr("found", {"values": written, "costs": costs, "seconds": seconds})
