@@ -5,7 +5,9 @@
     logits = decoder(embedded, states)                # (batch, width) -> (batch, vocabulary); the states move on
 
 Norms, projections, feature map, update of the state, read-out, feed-forward part and head run in one native kernel,
-with linear attention and its family, with softmax over kept keys, or both in turns. Weights are read where the
+with linear attention and its family, with softmax over kept keys, in turns, or both at once with one denominator
+(`Hybrid`: what `eke.nn.linearize` makes of softmax attention). Queries and keys may be rotated by their positions,
+heads may share keys (with `Hybrid`), and the feed-forward part may have a gate. Weights are read where the
 parameters lie: every change of them counts from the next step on, and nothing is copied. Elsewhere (other types or
 devices, no compiler) torch does the same. Not differentiable.
 """
@@ -19,11 +21,28 @@ from torch import Tensor
 
 from ..linear_attention import LinearAttentionState
 from . import native, reference
-from .blocks import Activation, Block, Feed, KeyValues, Linear, Norm, Projection, Softmax
+from .blocks import (
+    Activation,
+    Block,
+    Feed,
+    Hybrid,
+    KeyValues,
+    Linear,
+    Map,
+    Norm,
+    Projection,
+    Ring,
+    Separate,
+    Softmax,
+)
+from .checks import check_block, fits, norm_shaped, plain, rotation_fits, shaped
 
-__all__ = ["Block", "Decoder", "Feed", "KeyValues", "Linear", "Norm", "Projection", "Softmax"]
+__all__ = [
+    "Block", "Decoder", "Feed", "Hybrid", "KeyValues", "Linear", "Map", "Norm", "Projection", "Ring", "Separate",
+    "Softmax",
+]  # fmt: skip
 
-State = LinearAttentionState | KeyValues
+State = LinearAttentionState | KeyValues | Ring
 
 
 class Decoder:
@@ -77,18 +96,26 @@ class Decoder:
             if isinstance(block.attention, Linear):
                 memory = torch.zeros(batch, self.heads, size, size, dtype=kind, device=weight.device)
                 states.append(LinearAttentionState(memory, memory.new_zeros(batch, self.heads, size)))
+            elif isinstance(block.attention, Hybrid):
+                many, window = block.attention.key_map.features(size), block.attention.window
+                memory = torch.zeros(batch, self.heads, many, size, dtype=kind, device=weight.device)
+                near = memory.new_zeros(2, batch, self.heads, window, size)
+                real = torch.zeros(batch, window, dtype=torch.bool, device=weight.device)
+                states.append(Ring(memory, memory.new_zeros(batch, self.heads, many), near[0], near[1], real))
             else:
                 room = weight.new_zeros(2, batch, self.heads, capacity, size, requires_grad=False)
                 states.append(KeyValues(room[0], room[1]))
         return states
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, states: Sequence[State]) -> Tensor:
+    def __call__(self, x: Tensor, states: Sequence[State], *, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Take one position of every sample through all layers.
 
         Args:
             x: (batch, width): embedded tokens.
             states: What each layer has read so far, from `states` or an earlier step; changed in place.
+            rotation: Cosines and sines by which each head's queries and keys are turned, (batch or 1, size): element e
+                of the first half with element e of the second. None for none.
 
         Returns:
             (batch, outputs of the head), or (batch, width) without one.
@@ -101,13 +128,17 @@ class Decoder:
         if len(states) != len(self.blocks):
             raise ValueError(f"A step needs a state for each of {len(self.blocks)} layers, got {len(states)}.")
         for number, (block, state) in enumerate(zip(self.blocks, states)):
-            _fits(number, block, state, (x.shape[0], self.heads, self.width // self.heads))
+            fits(number, block, state, (x.shape[0], self.heads, self.width // self.heads))
+        if rotation is not None:
+            rotation_fits(rotation, x, self.width // self.heads)
         run = self._kernel(x, states)
         if run is not None:
-            return run(x.contiguous(), states)
+            turned = None if rotation is None else (rotation[0].contiguous(), rotation[1].contiguous())
+            return run(x.contiguous(), states, rotation=turned)
         return reference.step(
-            x, self.blocks, states, heads=self.heads, activation=self.activation, last=self.last, head=self.head
-        )
+            x, self.blocks, states, heads=self.heads, activation=self.activation, last=self.last, head=self.head,
+            rotation=rotation,
+        )  # fmt: skip
 
     def fused(self) -> bool:
         """Return whether the native kernel can read all parameters: float32, contiguous, on the CPU."""
@@ -124,7 +155,7 @@ class Decoder:
                     self.blocks, heads=self.heads, activation=self.activation, last=self.last, head=self.head
                 )
             self._addresses = [t.data_ptr() for t in self._tensors]
-        if self._native is None or not all(map(_plain, states)):
+        if self._native is None or not all(map(plain, states)):
             return None
         return self._native
 
@@ -137,90 +168,8 @@ class Decoder:
         width, inner = self.width, self.blocks[0].feed.up.weight.shape[0]
         if self.heads < 1 or width % self.heads:
             raise ValueError(f"The width must be a multiple of heads, got {width} and {self.heads}.")
-        size = width // self.heads
         for number, block in enumerate(self.blocks):
-            wanted = {
-                "projections": (block.projections, (3 * width, width)), "out": (block.out, (width, width)),
-                "up": (block.feed.up, (inner, width)), "down": (block.feed.down, (width, inner)),
-            }  # fmt: skip
-            norms = {"norm": (block.norm, width), "norm of the feed-forward part": (block.feed.norm, width)}
-            if isinstance(block.attention, Linear):
-                gate, rate = block.attention.gate, block.attention.rate
-                if gate is not None:
-                    rows = width if gate.weight.shape[0] == width else self.heads
-                    wanted["gate"] = (gate, (rows, width))
-                if rate is not None:
-                    wanted["rate"] = (rate, (self.heads, width))
-                norms["norm of the attention"] = (block.attention.norm, size)
-                factors = block.attention.retention
-                if factors is not None and factors.shape != (self.heads,):
-                    raise ValueError(f"Layer {number}: retention must be ({self.heads},), got {tuple(factors.shape)}.")
-            for name, (part, shape) in wanted.items():
-                _shaped(f"Layer {number}: {name}", part, shape)
-            for name, (norm, last) in norms.items():
-                _norm_shaped(f"Layer {number}: {name}", norm, last)
-        _norm_shaped("The last norm", self.last, width)
+            check_block(number, block, (width, self.heads, inner))
+        norm_shaped("The last norm", self.last, width)
         if self.head is not None:
-            _shaped("The head", self.head, (self.head.weight.shape[0], width))
-
-
-def _shaped(name: str, part: Projection, shape: tuple[int, int]) -> None:
-    if tuple(part.weight.shape) != shape or (part.bias is not None and tuple(part.bias.shape) != shape[:1]):
-        bias = None if part.bias is None else tuple(part.bias.shape)
-        raise ValueError(
-            f"{name} needs weight {shape} and bias {shape[:1]}, got {tuple(part.weight.shape)} and {bias}."
-        )
-
-
-def _norm_shaped(name: str, norm: Norm | None, size: int) -> None:
-    if norm is None:
-        return
-    shapes = [tuple(x.shape) for x in (norm.weight, norm.bias) if x is not None]
-    if any(shape != (size,) for shape in shapes):
-        raise ValueError(f"{name} needs weight and bias of shape {(size,)}, got {shapes}.")
-
-
-def _plain(state: State) -> bool:
-    """Return whether the kernel can change a state where it lies."""
-    if isinstance(state, LinearAttentionState):
-        memory, keys = state
-        return native.reads(memory) and native.reads(keys)
-    keys, values = state.keys, state.values
-    if keys.dtype != torch.float32 or values.dtype != torch.float32 or not keys.is_cpu or not values.is_cpu:
-        return False
-    inner = keys.stride()[2:] == (keys.shape[3], 1)
-    return inner and keys.stride() == values.stride() and (state.starts is None or state.starts.is_contiguous())
-
-
-def _fits(number: int, block: Block, state: State, sizes: tuple[int, int, int]) -> None:
-    batch, heads, size = sizes
-    if isinstance(block.attention, Linear):
-        if not isinstance(state, LinearAttentionState):
-            raise ValueError(
-                f"Layer {number} is linear: its state is a LinearAttentionState, got {type(state).__name__}."
-            )
-        if state.memory.shape != (batch, heads, size, size) or state.keys.shape != (batch, heads, size):
-            raise ValueError(
-                f"Layer {number} needs S {(batch, heads, size, size)} and z {sizes}, got "
-                f"{tuple(state.memory.shape)} and {tuple(state.keys.shape)}: the batch "
-                "may not change while a sequence goes on."
-            )
-        return
-    if not isinstance(state, KeyValues):
-        raise ValueError(f"Layer {number} is softmax: its state is KeyValues, got {type(state).__name__}.")
-    shape, keys, starts = (batch, heads, size), state.keys.shape, state.starts
-    if keys != state.values.shape or len(keys) != 4 or (keys[0], keys[1], keys[3]) != shape:
-        raise ValueError(
-            f"Layer {number} needs keys and values (batch, heads, capacity, size) = ({batch}, {heads}, capacity, "
-            f"{size}), got {tuple(keys)} and {tuple(state.values.shape)}: the batch may not "
-            "change while a sequence goes on."
-        )
-    if not 0 <= state.filled < keys[2]:
-        raise ValueError(
-            f"Layer {number} has room for {keys[2]} positions and {state.filled} are filled: make states with a larger "
-            "capacity."
-        )
-    if starts is not None and (starts.shape != (batch,) or starts.dtype != torch.int64):
-        raise ValueError(
-            f"Layer {number}: starts must be int64 of shape ({batch},), got {starts.dtype} of {tuple(starts.shape)}."
-        )
+            shaped("The head", self.head, (self.head.weight.shape[0], width))

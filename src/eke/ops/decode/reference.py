@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..linear_attention import LinearAttentionState
 from ..linear_attention.features import NAMED
 from ..linear_attention.operators import EPSILON
-from .blocks import Activation, Block, KeyValues, Linear, Norm, Projection, Softmax
+from .blocks import Activation, Block, Hybrid, KeyValues, Linear, Map, Norm, Projection, Ring, Separate, Softmax
 
 ACTIVATIONS = {
     "gelu": functional.gelu,
@@ -42,12 +42,13 @@ def normed(norm: Norm | None, x: Tensor) -> Tensor:
 def step(
     x: Tensor,
     blocks: Sequence[Block],
-    states: Sequence[LinearAttentionState | KeyValues],
+    states: Sequence[LinearAttentionState | KeyValues | Ring],
     *,
     heads: int,
     activation: Activation,
     last: Norm | None,
     head: Projection | None,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Take one position of every sample through all blocks; the states are changed in place.
 
@@ -59,24 +60,95 @@ def step(
         activation: Of every feed-forward part.
         last: Norm behind the last block, or None.
         head: Projection behind it, or None.
+        rotation: Cosines and sines of the rotation of queries and keys, each (batch or 1, size), or None.
 
     Returns:
         (batch, outputs of head), or (batch, width) without one.
     """
     for block, state in zip(blocks, states):
         y = normed(block.norm, x)
-        q, k, v = functional.linear(y, *block.projections).reshape(len(x), 3, heads, -1).unbind(1)
+        q, k, v = _projected(block.projections, y, heads)
+        if rotation is not None:
+            q, k = _rotated(q, rotation), _rotated(k, rotation)
         if isinstance(block.attention, Linear):
             assert isinstance(state, LinearAttentionState)
             found = _linear(block.attention, y, (q, k, v), state)
+        elif isinstance(block.attention, Hybrid):
+            assert isinstance(state, Ring)
+            found = _hybrid(block.attention, (q, k, v), state)
         else:
             assert isinstance(state, KeyValues)
             found = _softmax(block.attention, (q, k, v), state)
         x = x + functional.linear(found.flatten(1), *block.out)
-        inner = functional.linear(normed(block.feed.norm, x), *block.feed.up)
-        x = x + functional.linear(ACTIVATIONS[activation](inner), *block.feed.down)
+        y = normed(block.feed.norm, x)
+        inner = functional.linear(y, *(block.feed.gate or block.feed.up))
+        inner = ACTIVATIONS[activation](inner)
+        if block.feed.gate is not None:
+            inner = inner * functional.linear(y, *block.feed.up)
+        x = x + functional.linear(inner, *block.feed.down)
     x = normed(last, x)
     return x if head is None else functional.linear(x, *head)
+
+
+def _projected(parts: Projection | Separate, y: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values (batch, heads, size)."""
+    if isinstance(parts, Projection):
+        q, k, v = functional.linear(y, *parts).reshape(len(y), 3, heads, -1).unbind(1)
+        return q, k, v
+    q = functional.linear(y, *parts.queries).reshape(len(y), heads, -1)
+    k, v = (functional.linear(y, *part).reshape(len(y), -1, q.shape[-1]) for part in parts[1:])
+    shared = heads // k.shape[1]
+    return (q, k, v) if shared == 1 else (q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
+
+
+def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosines, sines = (part[:, None] for part in rotation)
+    first, second = x.chunk(2, -1)
+    return x * cosines + torch.cat([-second, first], -1) * sines
+
+
+def features(f: Map, x: Tensor) -> Tensor:
+    """Apply a feature map.
+
+    Args:
+        f: Which.
+        x: (batch, heads, size).
+
+    Returns:
+        (batch, heads, features).
+    """
+    if f.weight is None:
+        return NAMED[f.name](x)
+    y = torch.einsum("bhd,hdf->bhf", x, f.weight.to(x.dtype))
+    if f.name == "hedgehog":
+        return torch.cat([torch.softmax(y, -1), torch.softmax(-y, -1)], -1)
+    return torch.relu(y if f.bias is None else y + f.bias.to(y.dtype))
+
+
+def _hybrid(kind: Hybrid, qkv: tuple[Tensor, Tensor, Tensor], state: Ring) -> Tensor:
+    q, k, v = (x.to(state.memory.dtype) for x in qkv)
+    at = state.slot
+    fq = features(kind.query_map, q)
+    if kind.window:
+        leaving = features(kind.key_map, state.keys[:, :, at]) * state.real[:, None, at, None]
+        value = state.values[:, :, at].clone()
+        state.keys[:, :, at], state.values[:, :, at] = k, v
+    else:
+        leaving, value = features(kind.key_map, k), v
+    state.memory.add_(leaving.unsqueeze(-1) * value.unsqueeze(-2))
+    state.sums.add_(leaving)
+    state.move()
+    top, bottom = torch.einsum("bhf,bhfm->bhm", fq, state.memory), (fq * state.sums).sum(-1, keepdim=True)
+    if not kind.window:
+        return (top / (bottom + EPSILON)).to(qkv[0].dtype)
+    assert kind.balance is not None
+    s = torch.einsum("bhd,bhwd->bhw", q, state.keys) / q.shape[-1] ** 0.5
+    s = s.masked_fill(~state.real[:, None], -torch.inf)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    gain = kind.balance.to(q.dtype).exp()[:, None]
+    near = torch.einsum("bhw,bhwm->bhm", e, state.values)
+    out = (near + gain * top) / (e.sum(-1, keepdim=True) + gain * bottom + EPSILON)
+    return out.to(qkv[0].dtype)
 
 
 def _linear(kind: Linear, y: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: LinearAttentionState) -> Tensor:
