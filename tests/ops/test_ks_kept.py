@@ -18,6 +18,19 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the native kerne
 PATTERNS = [(2, 8, 8, 2), (4, 9, 7, 1), (1, 16, 16, 32), (9, 2, 2, 2), (2, 8, 8, 16), (1, 40, 30, 1), (3, 5, 6, 3)]
 
 
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def way(request, monkeypatch):
+    """Calls are asked in both languages: they must say the same."""
+    if request.param == "Python":
+        monkeypatch.setattr(kept, "_quicken", lambda: None)
+        monkeypatch.setattr(kept, "product", kept.asked)
+    else:
+        if kept.product is kept.asked:
+            kept._quicken()
+        assert kept.product is not kept.asked or not hasattr(native.library(), "eke_ks_calls")
+    return request.param
+
+
 def sample(pattern, batch=20, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     a, _, c, d = pattern
@@ -212,6 +225,49 @@ def test_modes_are_seen_after_packing():
     assert ops.ks_matmul(x[:0], blocks).shape == (0, 32)
     compiled = torch.compile(lambda x, w: ops.ks_matmul(x, w), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, blocks), y)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_usual_call_asks_once(last, dtype, way, monkeypatch):
+    """Nothing of the long way is taken, and in C++ nothing of Python's either; the unusual call takes both."""
+    seen = []
+    for pattern in PATTERNS:
+        x, blocks = sample(pattern, dtype=dtype)
+        x = x.T.contiguous() if last else x
+        for _ in range(3):
+            y = call(x, blocks, last)
+        threads = torch.get_num_threads()
+        with monkeypatch.context() as patch:
+            patch.setattr(kept, "meet", lambda *_, **__: seen.append("long"))
+            if way == "C++":
+                patch.setattr(kept, "_run", lambda *_: seen.append("Python"))
+            assert torch.equal(call(x, blocks, last), y)
+            assert not seen
+            try:
+                torch.set_num_threads(threads + 1)
+                torch.testing.assert_close(call(x, blocks, last), y)
+            finally:
+                torch.set_num_threads(threads)
+            assert seen or kept.KNOWN[id(blocks), last].choices.get(20) == "dense"
+        seen.clear()
+
+
+def test_entries_of_another_shape_in_the_same_memory_are_another_factor():
+    x, blocks = sample((2, 8, 8, 2))
+    for _ in range(3):
+        ops.ks_matmul(x, blocks)
+    for other in (blocks.view(2, 16, 8, 1), blocks.view(4, 8, 8, 1), blocks.transpose(1, 2)):
+        before, blocks.data = blocks.data, other
+        if other.shape[0] * other.shape[2] * other.shape[3] == 32:
+            bound = 1e-5
+            torch.testing.assert_close(
+                ops.ks_matmul(x, blocks).double(), expected(x, blocks, False), rtol=bound, atol=bound
+            )
+        else:
+            with pytest.raises(ValueError, match="a\\*c\\*d = 16"):
+                ops.ks_matmul(x, blocks)
+        blocks.data = before
 
 
 @pytest.mark.parametrize("pattern", [(2, 8, 8, 2), (1, 40, 30, 1)])

@@ -24,8 +24,8 @@ Algorithm = Literal["native", "dense", "bmm", "einsum"]
 _BYTES_PER_SECOND = 2e10
 _EQUAL = 0.95
 """Rates this near each other are equal within what a short measurement can tell."""
-_FEW = 16
-"""Samples below which a dense product is bound by reading the matrix, which torch does as fast."""
+_NEAR = 65_536
+"""Entries from which one sample is bound by reading them, which torch does once and kept entries twice."""
 _SMALL = 16
 """Blocks of merged neighbours stay this small: larger ones are better left to the tiles."""
 _MERGE_BATCH = 256
@@ -122,7 +122,7 @@ def _predict(pattern: tuple[int, int, int, int], batch: int, dtype: torch.dtype,
     if dtype == torch.float32 and a * d == 1:
         # The same product. Where both are about as fast, the kernel's call is a little shorter for entries it has kept.
         rate, own = rates(dtype, threads)
-        return "native" if own > _EQUAL * rate and batch >= _FEW else "dense"
+        return "native" if own > _EQUAL * rate and (batch > 1 or b * c < _NEAR) else "dense"
     dense_rate, native_rate = rates(dtype, threads)
     work, size = 2 * a * b * c * d * batch, torch.finfo(dtype).bits // 8
     moved = (a * (b + c) * d * batch + a * b * c * d) * size / _BYTES_PER_SECOND

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import _C, Tensor
@@ -24,6 +24,9 @@ _BATCH = 1024
 _CHOICES = 256
 _SOURCE = struct.Struct("2q")
 _CHANGED = -1
+_DLPACK = {torch.float32: (2, 32), torch.bfloat16: (4, 16)}
+_RECORD = struct.Struct("15q")
+"""What cpu_calls.cpp knows of one factor: addresses, shape, strides, type in DLPack's numbers, features, threads."""
 
 
 KNOWN: dict[tuple[object, ...], Kept] = {}
@@ -47,13 +50,15 @@ class Packed:
         MemoryError: if there is no memory for the entries.
     """
 
-    __slots__ = ("__weakref__", "address", "factors", "run", "threads")
+    __slots__ = ("__weakref__", "address", "factors", "record", "run", "threads")
 
     def __init__(
         self, factors: Sequence[Tensor], sources: Sequence[Tensor], *, dtype: torch.dtype, batch_last: bool, relu: bool
     ) -> None:
         loaded = native.library()
         assert loaded is not None  # callers ask native.supports() first
+        if product is asked:
+            _quicken()
         self.factors = factors  # entries that need no packing are read where they are
         self.threads, self.run = torch.get_num_threads(), loaded.eke_ks_kept
         sums = b"".join([_SOURCE.pack(t.data_ptr(), _span(t) * t.element_size()) for t in sources])
@@ -64,7 +69,17 @@ class Packed:
         if address is None:
             raise MemoryError(f"There is no memory to pack {sum(f.numel() for f in factors)} entries.")
         self.address = address
+        self.record = _record(self, sources[0], dtype) if len(sources) == 1 else b""
         weakref.finalize(self, loaded.eke_ks_drop, address).atexit = False
+
+
+def _record(packed: Packed, blocks: Tensor, dtype: torch.dtype) -> bytes:
+    """Return the record of a product with one factor."""
+    a, b, c, d = blocks.shape
+    return _RECORD.pack(
+        packed.address, blocks.data_ptr(), *blocks.shape, *blocks.stride(), *_DLPACK[dtype], a * c * d, a * b * d,
+        packed.threads,
+    )  # fmt: skip
 
 
 class Kept:
@@ -107,7 +122,7 @@ def _span(entries: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(entries.shape, entries.stride()))
 
 
-def product(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor | None:
+def asked(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor | None:
     """Multiply by kept entries where nobody watches the call; one function, because calls cost more than questions.
 
     Args:
@@ -144,6 +159,21 @@ def product(x: Tensor, blocks: Tensor, batch_last: bool) -> Tensor | None:
     if known.matrix is None or name != "dense":
         return None
     return known.matrix @ x if batch_last else torch.nn.functional.linear(x, known.matrix)
+
+
+product: Callable[[Tensor, Tensor, bool], Tensor | None] = asked
+"""`asked`, or the same questions in C++ once something is packed, where the library was compiled beside Python.h."""
+
+
+def _quicken() -> None:
+    """Ask in C++ from now on, where that is possible."""
+    global product
+    found = native.calls((
+        asked, Tensor, KNOWN, choose, forward_ad, _C._is_any_autocast_enabled, _C._len_torch_dispatch_stack,
+        _C._functorch.peek_interpreter_stack, _C._get_tracing_state, torch.is_grad_enabled, torch.get_num_threads,
+        torch.nn.functional.linear,
+    ))  # fmt: skip
+    product = asked if found is None else found
 
 
 def watched() -> bool:

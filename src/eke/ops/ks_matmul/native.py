@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,24 @@ def library() -> ctypes.CDLL | None:
     loaded.eke_ks_kept.argtypes = (address, number, address, address, address)
     loaded.eke_ks_drop.argtypes, loaded.eke_ks_drop.restype = (address,), None
     return loaded
+
+
+def calls(things: tuple[object, ...]) -> Callable[[Tensor, Tensor, bool], Tensor | None] | None:
+    """Return `kept.asked` in C++.
+
+    Args:
+        things: What it asks, in the order of `given` in cpu_calls.cpp.
+
+    Returns:
+        The function, or None where the library was compiled without Python's headers or torch has no table of DLPack.
+    """
+    loaded, table = library(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if loaded is None or table is None or not hasattr(loaded, "eke_ks_calls"):
+        return None
+    make = ctypes.PyDLL(loaded._name).eke_ks_calls  # with the interpreter's lock
+    make.argtypes, make.restype = (ctypes.py_object, ctypes.py_object), ctypes.py_object
+    made: Callable[[Tensor, Tensor, bool], Tensor | None] | None = make(table, things)
+    return made
 
 
 @functools.cache
