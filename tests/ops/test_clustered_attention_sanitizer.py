@@ -39,7 +39,7 @@ int main() {
       const i64 batch = 2, heads = 2, rows = batch * heads;
       Call call = {};
       call.threads = 2; call.batch = batch; call.heads = heads; call.length = n; call.keys = s; call.dim = d;
-      call.values = m; call.clusters = c; call.iterations = 3; call.sphere = n % 2; call.scale = 0.3f;
+      call.key = cases % 2; call.values = m; call.clusters = c; call.iterations = 3; call.sphere = n % 2; call.scale = 0.3f;
       float *q = filled(rows * n * d), *k = filled(rows * s * d), *v = filled(rows * s * m);
       call.q = {q, n * heads * d, d, heads * d};
       call.k = {k, s * heads * d, d, heads * d};

@@ -12,6 +12,7 @@ Source: Vyas, Katharopoulos, Fleuret, "Fast transformers with clustered attentio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ class Clustering:
         exact_below: Length below which attention is exact; None asks a model of the two times (`break_even.pays`), 0
             always clusters.
         block: Positions of a block if causal; None for about sqrt(clusters * length).
+        rest: How keys count that a cluster did not choose: "shared" as its centre weighs them, with the paper's
+            guarantee; "key" as one more key whose weight each query finds itself: nearer on average, not on every row.
 
     Raises:
-        ValueError: if a number is negative, or clusters and topk are not of one length.
+        ValueError: if a number is negative, clusters and topk are not of one length, or rest is unknown.
     """
 
     clusters: int | tuple[int, ...] = 100
@@ -42,8 +45,11 @@ class Clustering:
     clusterer: Clusterer = field(default_factory=KMeans)
     exact_below: int | None = None
     block: int | None = None
+    rest: Literal["shared", "key"] = "shared"
 
     def __post_init__(self) -> None:
+        if self.rest not in {"shared", "key"}:
+            raise ValueError(f"Clustering.rest is 'shared' or 'key', got {self.rest!r}.")
         for name in ("clusters", "topk"):
             value = getattr(self, name)
             numbers = value if isinstance(value, tuple) else (value,)
@@ -104,7 +110,7 @@ class Clustering:
             counts = [clusters[h] for h in shared]
             found.append(clustered_attention(
                 qs, ks, vs, clusters=counts, topk=[topk[h] for h in shared], clusterer=self.clusterer, mask=mask,
-                query_mask=query_mask, scale=scale, causal=causal, block=self.block if causal else None,
+                query_mask=query_mask, scale=scale, causal=causal, block=self.block if causal else None, rest=self.rest,
                 start=None if start is None else start[:, shared, : max(counts)],
             ))  # fmt: skip
         if len(shared) == heads:

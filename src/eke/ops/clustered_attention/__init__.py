@@ -10,6 +10,7 @@ Source: Vyas, Katharopoulos, Fleuret, "Fast transformers with clustered attentio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def clustered_attention(
     scale: float | None = None,
     causal: bool = False,
     block: int | None = None,
+    rest: Literal["shared", "key"] = "shared",
 ) -> Tensor:
     """Attend with clusters of queries.
 
@@ -59,6 +61,9 @@ def clustered_attention(
         causal: Whether position i sees positions up to i alone: exact within blocks and clustered before them, with
             centres that come from earlier blocks. Self-attention without masks and groups.
         block: Positions of a block if causal; None for about sqrt(clusters * length).
+        rest: How keys count that were not chosen: "shared" for the centre's weights (the paper's rule and its
+            guarantee), "key" for one more key, their mean by the centre's weights, whose weight each query finds
+            itself (eke's own: nearer in trained networks, but not on every row).
 
     Returns:
         (batch, length, heads, values) of the type of v; zeros for queries without cluster or keys. Differentiable in q,
@@ -66,13 +71,15 @@ def clustered_attention(
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.
-    """  # noqa: DOC502
+    """
     _check(q, k, v, mask=mask, query_mask=query_mask)
     heads, length, keys = q.shape[2], q.shape[1], k.shape[1]
     counts = _each(clusters, heads, "clusters", 1, max(length, 1), "queries")
     tops = [min(top, keys) for top in _each(topk, heads, "topk", 0, None, "")]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     _check_start(start, q, max(counts))
+    if rest not in {"shared", "key"}:
+        raise ValueError(f"rest is 'shared' or 'key', got {rest!r}.")
     exact = torch.float64 if v.dtype == torch.float64 else torch.float32
     by_head = [x.to(exact).transpose(1, 2) for x in (q, k, v)]
     parts = by_head[0], by_head[1], by_head[2]
@@ -81,7 +88,7 @@ def clustered_attention(
         _check_causal(q, k, block, max(counts), groups is not None or mask is not None or query_mask is not None)
         out = attend_causally(
             parts, clusters=counts, topk=tops, clusterer=clusterer, generator=generator,
-            scale=scale, block=block, start=start,
+            scale=scale, block=block, start=start, key=rest == "key",
         )  # fmt: skip
         return out.transpose(1, 2).to(v.dtype)
     if groups is None:
@@ -91,7 +98,7 @@ def clustered_attention(
         if query_mask is not None:
             found = found.masked_fill(~query_mask[:, None, :], -1)
     centres = grouping.means(parts[0], found, max(counts))
-    out, _ = operators.attend((*parts, centres), found, topk=tops, mask=mask, scale=scale)
+    out, _ = operators.attend((*parts, centres), found, topk=tops, mask=mask, scale=scale, key=rest == "key")
     return out.transpose(1, 2).to(v.dtype)
 
 

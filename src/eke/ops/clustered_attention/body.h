@@ -201,6 +201,7 @@ struct Room {
 
 struct Attend {
   i64 dims, wide, panels, most_keys;
+  float *keys, *means, *biases, *zeros;  // where the rest is one key
   float *turned, *scaled, *rows, *values, *rest, *own_keys, *own_values, *own_rows, *own_logits, *own_out;
   float *mass, *sums;
   int32_t *chosen, *order, *first;
@@ -210,7 +211,7 @@ struct Attend {
     Room room(memory);
     i64 top = 0;
     for (i64 h = 0; h < c.heads; h++) top = most(top, least(c.topk[h], c.keys));
-    dims = up(c.dim, W); wide = up(c.values, W); panels = up(c.keys, PANEL); most_keys = most(up(top, W), W);
+    dims = up(c.dim, W); wide = up(c.values, W); panels = up(c.keys, PANEL); most_keys = most(up(top + c.key, W), W);
     turned = room.take(panels * c.dim);
     scaled = room.take(TOGETHER * c.dim);
     rows = room.take(TOGETHER * panels);
@@ -221,6 +222,10 @@ struct Attend {
     own_rows = room.take(ROWS * c.dim);
     own_logits = room.take(ROWS * most_keys);
     own_out = room.take(ROWS * wide);
+    keys = room.take(c.key ? DEPTH * dims : 0);
+    means = room.take(c.key ? TOGETHER * dims : 0);
+    biases = room.take(c.key ? TOGETHER : 0);
+    zeros = room.take(c.key ? wide : 0);
     mass = room.take(TOGETHER);
     sums = room.take(TOGETHER);
     chosen = (int32_t*)room.take(TOGETHER * most_keys);
@@ -317,9 +322,10 @@ float exponentials(float* row, i64 wide, float top) {
   return total(sum);
 }
 
-// Queries [from, to) of the order attend to `count` keys of their own and to the rest of their cluster.
+// Queries [from, to) of the order attend to `count` keys of their own and to the rest of their cluster. With a bias the
+// last of these keys is the rest's, and its logits get the bias.
 void own_part(const Call& c, const Attend& w, i64 b, i64 h, i64 from, i64 to, i64 count, const float* rest, float mass,
-              float cluster_lse) {
+              float cluster_lse, const float* bias) {
   const i64 wide = up(most(count, 1), W), at = b * c.heads + h;
   for (i64 t = from; t < to; t += ROWS) {
     const i64 n = least(ROWS, to - t);
@@ -339,6 +345,7 @@ void own_part(const Call& c, const Attend& w, i64 b, i64 h, i64 from, i64 to, i6
       float lse = cluster_lse;
       if (count && mass > 0.0f) {
         float *row = w.own_logits + r * wide, top = -INFINITY;
+        if (bias) row[count - 1] += *bias;
         for (i64 e = count; e < wide; e++) row[e] = -INFINITY;
         vec high = load(row);
         for (i64 e = W; e < wide; e += W) { const vec x = load(row + e); high = x > high ? x : high; }
@@ -379,15 +386,26 @@ void shared_part(const Call& c, const Attend& w, i64 b, i64 h, i64 begin, i64 n,
     if (keyless) {
       memset(row, 0, w.panels * sizeof(float));
       w.mass[m] = w.sums[m] = 0.0f;
+      if (c.key) w.biases[m] = 0.0f;
       lse[m] = -INFINITY;
       continue;
     }
     const float sum = exponentials(row, w.panels, top);
     float mass = 0.0f;
     for (i64 i = 0; i < counts[m]; i++) { mass += row[chosen[i]]; row[chosen[i]] = 0.0f; }
-    w.mass[m] = mass / sum;
-    w.sums[m] = 1.0f / sum;
     lse[m] = top + logf(sum);
+    if (c.key) {
+      // Of what is left alone: sum less mass would lose its digits.
+      vec left = vec{};
+      for (i64 e = 0; e < w.panels; e += W) left += load(row + e);
+      const float rest = total(left);
+      w.mass[m] = 1.0f;
+      w.sums[m] = rest == 0.0f ? 0.0f : 1.0f / rest;
+      w.biases[m] = top + logf(rest);
+    } else {
+      w.mass[m] = mass / sum;
+      w.sums[m] = 1.0f / sum;
+    }
   }
   for (i64 e = 0; e < c.keys; e += DEPTH) {
     const i64 depth = least(DEPTH, c.keys - e);
@@ -397,14 +415,28 @@ void shared_part(const Call& c, const Attend& w, i64 b, i64 h, i64 begin, i64 n,
       for (i64 r = 0; r < depth; r++)
         if (!c.mask[b * c.keys + e + r]) memset(w.values + r * w.wide, 0, w.wide * sizeof(float));
     product({w.rows + e, w.panels, w.values, w.wide, w.rest, w.wide, e > 0}, n, w.wide, depth);
+    if (!c.key) continue;
+    for (i64 r = 0; r < depth; r++) copy_row(row_of(c.k, b, h, e + r), c.dim, w.keys + r * w.dims, w.dims);
+    if (c.mask)
+      for (i64 r = 0; r < depth; r++)
+        if (!c.mask[b * c.keys + e + r]) memset(w.keys + r * w.dims, 0, w.dims * sizeof(float));
+    product({w.rows + e, w.panels, w.keys, w.dims, w.means, w.dims, e > 0}, n, w.dims, depth);
   }
   for (i64 m = 0; m < n; m++)
     for (i64 e = 0; e < w.wide; e++) w.rest[m * w.wide + e] *= w.sums[m];
+  if (!c.key) return;
+  for (i64 m = 0; m < n; m++)
+    for (i64 e = 0; e < c.dim; e++) {
+      float* mean = w.means + m * w.dims + e;
+      *mean *= w.sums[m];
+      w.biases[m] -= w.scaled[m * c.dim + e] * *mean;
+    }
 }
 
 void attend_head(const Call& c, i64 b, i64 h, float* memory) {
   const Attend w(c, memory);
   const i64 at = b * c.heads + h, clusters = least(c.used[h], c.clusters), topk = least(c.topk[h], c.keys);
+  if (c.key) memset(w.zeros, 0, w.wide * sizeof(float));
   sort(c.groups + at * c.length, c.length, c.clusters, w.order, w.first);
   for (i64 t = 0; t < c.length; t++)
     if (c.groups[at * c.length + t] < 0) {
@@ -420,13 +452,21 @@ void attend_head(const Call& c, i64 b, i64 h, float* memory) {
     if (w.first[begin] == w.first[begin + n]) continue;
     shared_part(c, w, b, h, begin, n, topk, counts, lse);
     for (i64 m = 0; m < n; m++) {
-      const i64 from = w.first[begin + m], to = w.first[begin + m + 1], count = counts[m], wide = up(most(count, 1), W);
+      const i64 from = w.first[begin + m], to = w.first[begin + m + 1], count = counts[m];
       if (from == to) continue;
+      const bool key = c.key && lse[m] != -INFINITY;  // no rest without any key
+      const i64 wide = up(most(count + key, 1), W);
       const int32_t* chosen = w.chosen + m * w.most_keys;
       turn([&](i64 i) { return row_of(c.k, b, h, chosen[i]); }, count, c.dim, w.own_keys, wide);
       for (i64 i = 0; i < count; i++)
         copy_row(row_of(c.v, b, h, chosen[i]), c.values, w.own_values + i * w.wide, w.wide);
-      own_part(c, w, b, h, from, to, count, w.rest + m * w.wide, w.mass[m], lse[m]);
+      const float* rest = w.rest + m * w.wide;
+      if (key) {
+        for (i64 e = 0; e < c.dim; e++) w.own_keys[e * wide + count] = w.means[m * w.dims + e];
+        memcpy(w.own_values + count * w.wide, rest, w.wide * sizeof(float));
+      }
+      own_part(c, w, b, h, from, to, count + key, key ? w.zeros : rest, w.mass[m], lse[m],
+               key ? w.biases + m : nullptr);
     }
   }
 }

@@ -23,6 +23,7 @@ struct Rows {
 // The parts that a job does not use are null. Arrays without strides are contiguous, (batch, heads, ...).
 struct Call {
   i64 threads, batch, heads, length, keys, dim, values, clusters, iterations, sphere;
+  i64 key;  // whether ATTEND takes the keys that were not chosen as one more key of their cluster
   float scale;
   Rows q, k, v;
   const i64* used;  // clusters of each head

@@ -28,6 +28,7 @@ def attend_causally(
     generator: torch.Generator | None = None,
     block: int | None = None,
     start: Tensor | None = None,
+    key: bool = False,
 ) -> Tensor:
     """Attend to the past.
 
@@ -40,6 +41,7 @@ def attend_causally(
         generator: Of the clusterer's draws.
         block: Positions of a block, or None.
         start: Centres to start from, or None.
+        key: Whether the keys before the block that were not chosen are one key.
 
     Returns:
         (batch, heads, length, values).
@@ -60,8 +62,9 @@ def attend_causally(
                 q[:, :, now].detach(), start, None, metric=None, clusters=clusters, iterations=1, sphere=False
             )
             far, far_sum = operators.attend(
-                (q[:, :, now], k[:, :, before], v[:, :, before], start), nearest, topk=topk, mask=None, scale=scale
-            )
+                (q[:, :, now], k[:, :, before], v[:, :, before], start), nearest, topk=topk, mask=None, scale=scale,
+                key=key,
+            )  # fmt: skip
             share = torch.sigmoid(far_sum - near_sum).unsqueeze(-1)
             near = near + share * (far - near)
         outputs.append(near)

@@ -15,11 +15,21 @@ from .reference import softmax
 
 BLOCK = 256
 """Queries at a time."""
-Shared = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of each cluster: chosen keys and values, which of them count, their mass, the others' output, log sum of exp."""
+Shared = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of each cluster: chosen keys and values, which of them count, their mass, the others' output, log sum of exp, and
+what is added to the logits of the chosen keys."""
 
 
-def shared(k: Tensor, v: Tensor, centres: Tensor, *, topk: Sequence[int], mask: Tensor | None, scale: float) -> Shared:
+def shared(
+    k: Tensor,
+    v: Tensor,
+    centres: Tensor,
+    *,
+    topk: Sequence[int],
+    mask: Tensor | None,
+    scale: float,
+    key: bool = False,
+) -> Shared:
     """Attend with the centres.
 
     Args:
@@ -29,6 +39,7 @@ def shared(k: Tensor, v: Tensor, centres: Tensor, *, topk: Sequence[int], mask: 
         topk: For each head.
         mask: Which keys are real, (batch, keys), or None.
         scale: Of the logits.
+        key: Whether the rest is one more key: the last of the chosen ones, after which no others are left.
 
     Returns:
         See `Shared`: (batch, heads, clusters, ...).
@@ -43,11 +54,39 @@ def shared(k: Tensor, v: Tensor, centres: Tensor, *, topk: Sequence[int], mask: 
     top, chosen = ranked.topk(most, dim=-1)
     counts = torch.arange(most, device=k.device) < torch.tensor(topk, device=k.device).view(-1, 1, 1)
     counts = counts & (top > -torch.inf)
+    if key:
+        return _rest_as_a_key((k, v, centres), logits, (chosen, counts), real, scale)
     weight = a.gather(-1, chosen)
     mass = (weight * counts).sum(-1)
     rest = a.scatter(-1, chosen, weight * ~counts) @ v
     lse = logits if real is None else logits.masked_fill(~real, -torch.inf)
-    return _rows(k, chosen), _rows(v, chosen), counts, mass, rest, lse.logsumexp(-1)
+    none = logits.new_zeros(counts.shape)
+    return _rows(k, chosen), _rows(v, chosen), counts, mass, rest, lse.logsumexp(-1), none
+
+
+def _rest_as_a_key(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    choice: tuple[Tensor, Tensor],
+    real: Tensor | None,
+    scale: float,
+) -> Shared:
+    """Return the chosen keys and, as one more, the mean of the others by the centre's weights."""
+    (k, v, centres), (chosen, counts) = inputs, choice
+    left = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, ~counts)
+    if real is not None:
+        left = left & real
+    some = left.any(-1, keepdim=True)
+    weight = softmax(logits, left)
+    mean, value = weight @ k, weight @ v
+    # Where nothing is left the sum is of no use, but must have derivatives.
+    total = logits.masked_fill(~left & some, -torch.inf).logsumexp(-1, keepdim=True)
+    bias = total - scale * (centres * mean).sum(-1, keepdim=True)
+    keys, values = (torch.cat([_rows(x, chosen), one.unsqueeze(-2)], -2) for x, one in ((k, mean), (v, value)))
+    counts = torch.cat([counts.expand_as(chosen), some], -1)
+    lse = logits if real is None else logits.masked_fill(~real, -torch.inf)
+    biases = torch.cat([torch.zeros_like(chosen, dtype=bias.dtype), bias], -1)
+    return keys, values, counts, counts.any(-1).to(v.dtype), torch.zeros_like(value), lse.logsumexp(-1), biases
 
 
 def block(q: Tensor, groups: Tensor, of: Shared, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -63,11 +102,12 @@ def block(q: Tensor, groups: Tensor, of: Shared, *, scale: float) -> tuple[Tenso
         Outputs (batch, heads, n, M), zeros for group -1; logarithms of the sums of exponentials over all keys, as
         estimated from the chosen ones and their mass (from the centre where there are none), (batch, heads, n).
     """
-    keys, values, counts, mass, rest, lse = of
+    keys, values, counts, mass, rest, lse, biases = of
     mine = groups.clamp_min(0)
     picked = _rows(counts.to(torch.int8), mine).bool()
     heavy = _pick(mass, mine)
     logits = scale * (_rows(keys.flatten(3), mine).view(*mine.shape, *keys.shape[3:]) @ q.unsqueeze(-1)).squeeze(-1)
+    logits = logits + _rows(biases, mine)
     own = softmax(logits, picked)
     chosen = (own.unsqueeze(-2) @ _rows(values.flatten(3), mine).view(*mine.shape, *values.shape[3:])).squeeze(-2)
     out = heavy.unsqueeze(-1) * chosen + _rows(rest, mine)
@@ -85,6 +125,7 @@ def attend(
     topk: Sequence[int],
     mask: Tensor | None,
     scale: float,
+    key: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend with all queries.
 
@@ -94,12 +135,13 @@ def attend(
         topk: For each head.
         mask: Which keys are real, (batch, keys), or None.
         scale: Of the logits.
+        key: Whether the rest is one key.
 
     Returns:
         As of `block`.
     """
     q, k, v, centres = inputs
-    of = shared(k, v, centres, topk=topk, mask=mask, scale=scale)
+    of = shared(k, v, centres, topk=topk, mask=mask, scale=scale, key=key)
     found = [block(q[:, :, t : t + BLOCK], groups[:, :, t : t + BLOCK], of, scale=scale) for t in _starts(q)]
     return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
 
@@ -112,6 +154,7 @@ def differentiate(
     topk: Sequence[int],
     mask: Tensor | None,
     scale: float,
+    key: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiate `attend`, block by block; the clusters and the choice of keys are held fixed.
 
@@ -122,26 +165,28 @@ def differentiate(
         topk: As there.
         mask: As there.
         scale: As there.
+        key: As there.
 
     Returns:
         Derivatives of q, k, v and the centres.
     """
     with torch.enable_grad():
         q, k, v, centres = (x.detach().requires_grad_() for x in inputs)
-        of = shared(k, v, centres, topk=topk, mask=mask, scale=scale)
+        of = shared(k, v, centres, topk=topk, mask=mask, scale=scale, key=key)
         cut = [part.detach() for part in of]
-        leaves = [cut[i].requires_grad_() for i in (0, 1, 3, 4, 5)]
+        moving = [i for i, part in enumerate(of) if part.requires_grad]
+        leaves = [cut[i].requires_grad_() for i in moving]
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         of_queries = []
         for t in _starts(q):
             part = q.detach()[:, :, t : t + BLOCK].requires_grad_()
-            now = (cut[0], cut[1], cut[2], cut[3], cut[4], cut[5])
+            now = (cut[0], cut[1], cut[2], cut[3], cut[4], cut[5], cut[6])
             results = block(part, groups[:, :, t : t + BLOCK], now, scale=scale)
             wanted = [g[:, :, t : t + BLOCK] for g in grads]
             mine, *found = torch.autograd.grad(results, (part, *leaves), wanted)
             of_queries.append(mine)
             sums = [total + more for total, more in zip(sums, found)]
-        outputs = [of[i] for i in (0, 1, 3, 4, 5)]
+        outputs = [of[i] for i in moving]
         rest = torch.autograd.grad(outputs, (k, v, centres), sums)
     return torch.cat(of_queries, 2), rest[0], rest[1], rest[2]
 

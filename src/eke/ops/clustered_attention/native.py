@@ -31,6 +31,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Number) for name in (
             "threads", "batch", "heads", "length", "keys", "dim", "values", "clusters", "iterations", "sphere",
+            "key",
         )),
         ("scale", ctypes.c_float),
         ("q", _Rows), ("k", _Rows), ("v", _Rows),
@@ -85,6 +86,7 @@ def attend(
     topk: Sequence[int],
     mask: Tensor | None,
     scale: float,
+    key: bool = False,
     instructions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend; see `gathered.attend`.
@@ -95,6 +97,7 @@ def attend(
         topk: For each head.
         mask: Which keys are real, (batch, keys), or None.
         scale: Of the logits.
+        key: Whether the rest is one key.
         instructions: Level of instructions, at most `level()`; None for the best.
 
     Returns:
@@ -117,6 +120,7 @@ def attend(
                          f"{int(groups.max())}.")  # fmt: skip
     call = _call(q, heads, [centres.shape[2]] * heads, mask=mask)
     call.keys, call.values, call.clusters, call.scale = k.shape[2], v.shape[3], centres.shape[2], scale
+    call.key = int(key)
     call.k, call.v, call.centres, call.groups = _Rows.of(k), _Rows.of(v), centres.data_ptr(), groups.data_ptr()
     tops = _numbers(topk)
     call.topk, call.out, call.lse = ctypes.addressof(tops), out.data_ptr(), lse.data_ptr()
