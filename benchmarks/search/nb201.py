@@ -179,6 +179,43 @@ def fused(columns: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dic
     return result
 
 
+def within_levels(
+    names: list[str], columns: dict[str, np.ndarray], rule: list[str], truth: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Return the accuracy of the fusion's best less the mean of its level, on every dataset, over levels of FLOPs.
+
+    Levels have at least 10 scored connected networks, and the mean is over these; "unseen" counts the networks alone
+    that did not choose the rule (levels have at least 10 of those).
+    """
+    found: dict[str, Any] = {}
+    halves = {"all": list(range(len(names))), "unseen": list(range(1, len(names), 2))}
+    for half, places in halves.items():
+        kept = [place for place in places if NB201.connected(names[place])]
+        levels: dict[int, list[int]] = {}
+        for place in kept:
+            levels.setdefault(SPACE.flops(names[place]), []).append(place)
+        inside = [level for _, level in sorted(levels.items()) if len(level) >= 10]
+        best = [level[int(np.argmax(search.fuse({key: columns[key][level] for key in rule})))] for level in inside]
+        found[half] = {"networks": sum(map(len, inside))}
+        for dataset, key in DATASETS.items():
+            accuracy = [truth[ops][key] for ops in names]
+            gains = [accuracy[one] - statistics.fmean(accuracy[i] for i in level) for one, level in zip(best, inside)]
+            found[half][dataset] = {**over(gains), "levels": len(gains), "above_median": sum(
+                accuracy[one] > statistics.median(accuracy[i] for i in level) for one, level in zip(best, inside)
+            )}  # fmt: skip
+    return found
+
+
+def over(gains: list[float]) -> dict[str, Any]:
+    """Return the mean with Student's 95 % interval, and how many are positive; no numbers for fewer than two."""
+    if len(gains) < 2:
+        return {"points": None, "interval": None, "better_in": None}
+    half = float(student.ppf(0.975, len(gains) - 1)) * statistics.stdev(gains) / len(gains) ** 0.5
+    mean = statistics.fmean(gains)
+    return {"points": round(mean, 3), "interval": [round(mean - half, 3), round(mean + half, 3)],
+            "better_in": sum(gain > 0 for gain in gains)}  # fmt: skip
+
+
 def equal_flops(
     names: list[str], columns: dict[str, np.ndarray], rule: list[str], truth: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
@@ -204,11 +241,7 @@ def equal_flops(
                 best = names[kept[inside[int(np.argmax(found[inside]))]]]
                 gains[name].append(truth[best]["c10"] - statistics.fmean(every[value]))
     result: dict[str, Any] = {"classes": len(gains["fusion"])}
-    for name, found in gains.items():
-        half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
-        mean = statistics.fmean(found)
-        result[name] = {"points": round(mean, 3), "interval": [round(mean - half, 3), round(mean + half, 3)],
-                        "better_in": sum(gain > 0 for gain in found)}  # fmt: skip
+    result |= {name: over(found) for name, found in gains.items()}
     return result
 
 
@@ -244,7 +277,8 @@ def summary(known: dict[str, dict[str, float]], truth: dict[str, dict[str, float
         }
     fusion = fused(columns, targets)
     return {"networks": len(names), "in_top_region": int(top.sum()), "proxies": rows, "whole_table": whole,
-            "fusion": fusion, "equal_flops": equal_flops(names, columns, fusion["rule"], truth)}  # fmt: skip
+            "fusion": fusion, "equal_flops": equal_flops(names, columns, fusion["rule"], truth),
+            "within_levels": within_levels(names, columns, fusion["rule"], truth)}  # fmt: skip
 
 
 def main() -> None:

@@ -107,6 +107,28 @@ def test_page_quotes_the_results(document, page):
     assert f"{gain['points']:+.2f} [{gain['interval'][0]:+.2f}, {gain['interval'][1]:+.2f}]" in page
 
 
+def test_choices_within_levels_follow_from_the_scores_and_are_quoted(document, page):
+    scores, truth = rows(RESULTS / "nb201_scores.csv.gz"), rows(ROOT / "benchmarks/data/nb201_tss_accuracy.csv.gz")
+    for half, names in (("all", list(scores)), ("unseen", list(scores)[1::2])):
+        levels = {}
+        for ops in filter(NB201.connected, names):
+            levels.setdefault(NB201.flops(ops), []).append(ops)
+        picked = {}
+        for level in (level for level in levels.values() if len(level) >= 10):
+            fused = search.fuse({key: [scores[ops][key] for ops in level] for key in document["fusion"]["rule"]})
+            picked[level[int(fused.argmax())]] = level
+        for dataset, column in DATASETS.items():
+            row = document["within_levels"][half][dataset]
+            means = {best: statistics.fmean(truth[ops][column] for ops in level) for best, level in picked.items()}
+            gains = [truth[best][column] - mean for best, mean in means.items()]
+            assert row["points"] == pytest.approx(statistics.fmean(gains), abs=1e-3)
+            assert (row["levels"], row["better_in"]) == (len(gains), sum(gain > 0 for gain in gains))
+            low, high = row["interval"]
+            assert low < row["points"] < high
+            cell = f"{row['points']:+.2f} [{low:+.2f}, {high:+.2f}] | {row['better_in']} of {row['levels']} |"
+            assert any(line.startswith(f"| {dataset} |") and cell in line for line in page.splitlines())
+
+
 def test_winner_and_its_differences(page):
     path = RESULTS / "nas_winner.json"
     if not path.exists():
