@@ -15,7 +15,7 @@ PROGRAM = """
 #include <initializer_list>
 
 extern "C" int eke_clustered_level(void);
-extern "C" int eke_clustered(int, int, Call*);
+extern "C" int eke_clusters(int, int, Call*);
 
 static unsigned seed = 1;
 static unsigned draw() { seed = seed * 1664525u + 1013904223u; return seed >> 8; }
@@ -39,7 +39,8 @@ int main() {
       const i64 batch = 2, heads = 2, rows = batch * heads;
       Call call = {};
       call.threads = 2; call.batch = batch; call.heads = heads; call.length = n; call.keys = s; call.dim = d;
-      call.key = cases % 2; call.values = m; call.clusters = c; call.iterations = 3; call.sphere = n % 2; call.scale = 0.3f;
+      call.key = cases % 2;
+      call.values = m; call.clusters = c; call.iterations = 3; call.sphere = n % 2; call.scale = 0.3f;
       float *q = filled(rows * n * d), *k = filled(rows * s * d), *v = filled(rows * s * m);
       call.q = {q, n * heads * d, d, heads * d};
       call.k = {k, s * heads * d, d, heads * d};
@@ -57,7 +58,7 @@ int main() {
       if (cases % 3) { call.mask = mask; call.query_mask = real; }
       // Attention reads groups below the number of each head's clusters.
       for (i64 e = 0; e < rows * n; e++) groups[e] = groups[e] < used[e / n % heads] ? groups[e] : -1;
-      for (int job : {3, 4, 0, 1, 2, 0}) if (eke_clustered(level, job, &call)) return 1;
+      for (int job : {3, 4, 0, 1, 2, 0}) if (eke_clusters(level, job, &call)) return 1;
       for (i64 e = 0; e < batch * n * heads * m; e++) if (!(call.out[e] == call.out[e])) return 2;
       for (float* p : owned) free(p);
       free(q); free(k); free(v); free(used); free(topk); free(groups); free(first); free(mask); free(real);

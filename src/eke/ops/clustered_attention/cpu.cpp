@@ -22,7 +22,7 @@ extern "C" {
 int eke_clustered_level(void) { return machine::level(); }
 
 // The fields of Call that the job needs; 0 for success, 2 where there is no memory.
-int eke_clustered(int level, int job, Call* call) {
+int eke_clusters(int level, int job, Call* call) {
   Call& c = *call;
   c.scratch = machine::scratch;
   const i64 heads = c.batch * c.heads;

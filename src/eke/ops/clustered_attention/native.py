@@ -51,9 +51,9 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library, or None where it was not compiled (said once in the log).
     """
-    loaded = load(Path(__file__).parent, "eke_clustered", what="Clusters of queries")
+    loaded = load(Path(__file__).parent, "eke_clusters", what="Clusters of queries")
     if loaded is not None:
-        loaded.eke_clustered.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call))
+        loaded.eke_clusters.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call))
     return loaded
 
 
@@ -270,5 +270,5 @@ def _run(call: _Call, job: str, instructions: int | None) -> None:
     loaded = library()
     assert loaded is not None  # callers ask available() first
     wanted = level() if instructions is None else instructions
-    if loaded.eke_clustered(wanted, _JOBS[job], ctypes.byref(call)):
+    if loaded.eke_clusters(wanted, _JOBS[job], ctypes.byref(call)):
         raise MemoryError("The kernel of clustered attention found no memory for its scratch space.")
