@@ -63,16 +63,18 @@ def gates() -> None:
     wide = [x.double() for x in (q, k, v)]
     exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide)).transpose(1, 2)
     groups = KMeans()(Asked(q.transpose(1, 2), k.transpose(1, 2), [32] * 2)).transpose(1, 2)
-    for topk, expected in ((32, None), (0, None), (500, exact)):
-        out = clustered_attention(q, k, v, clusters=32, topk=topk, groups=groups)
+    cases = ((32, None, "shared"), (0, None, "shared"), (500, exact, "shared"), (32, None, "key"), (500, exact, "key"))
+    for topk, expected, rest in cases:
+        out = clustered_attention(q, k, v, clusters=32, topk=topk, groups=groups, rest=rest)
         if expected is None:
             parts, own = [x.transpose(1, 2) for x in wide], groups.transpose(1, 2)
             centres = reference.means(parts[0], own, 32)
-            weights = reference.weights((parts[0], parts[1], centres), own, topk=[topk] * 2, mask=None, scale=0.125)
+            options = {"topk": [topk] * 2, "mask": None, "scale": 0.125, "key": rest == "key"}
+            weights = reference.weights((parts[0], parts[1], centres), own, **options)
             expected = (weights @ parts[2]).transpose(1, 2)
         error = float((out.double() - expected).abs().max() / expected.abs().max())
         if not error < 1e-4:
-            sys.exit(f"gate: with k={topk} the kernel is off by {error:.1e}")
+            sys.exit(f"gate: with k={topk}, rest {rest}, the kernel is off by {error:.1e}")
 
 
 def speed(length: int, heads: int, dim: int, settings: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -214,8 +216,12 @@ def main_case(longest: int, seconds: float) -> dict[str, Any]:
             "k-means, 1 step (warm)": {"clusters": 128, "topk": 32, "clusterer": KMeans(1)},
             "hashes, 10 steps": {"clusters": 128, "topk": 32, "clusterer": Hamming()},
             "plain clustered, k = 0": {"clusters": 128, "topk": 0},
+            "k-means in the keys' metric, 5 steps, rest as a key": {"clusters": 128, "topk": 32, "rest": "key"},
+            "hashes, 10 steps, rest as a key": {
+                "clusters": 128, "topk": 32, "clusterer": Hamming(), "rest": "key",
+            },
             "causal, blocks of 1024": {"clusters": 128, "topk": 32, "causal": True, "block": max(128, longest // 8)},
-        }, 8 * seconds,
+        }, 10 * seconds,
     )  # fmt: skip
     q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(longest, 8, 64))
     with torch.no_grad():
