@@ -10,6 +10,7 @@ from .cluster_conversion import Clustered, ClusteredLayer, cluster_attention
 from .clustered_attention import ClusteredAttention, Clustering, ImprovedClusteredAttention
 from .conversion import Linearized, LinearizedLayer, linearize
 from .feature_maps import FAVOR, T2R, Hedgehog
+from .fused_step import FusedStep
 from .hf_attention import register_hf_attention
 from .hf_cache import recurrent_cache
 from .hybrid_attention import HybridAttention, HybridState
@@ -23,7 +24,7 @@ from .sparse_conv import SparseConv2d
 from .sparse_linear import SparseLinear
 from .sparse_swap import MadeSparse, SparseLayer, use_sparse
 from .swap import Replaced, SwappedLayer, replace_linears
-from .transformer import FusedStep, SoftmaxAttention, TransformerBlock, fuse
+from .transformer import SoftmaxAttention, TransformerBlock, fuse
 
 __all__ = [
     "FAVOR",

@@ -27,6 +27,7 @@ from torch import nn
 from .._errors import suggest
 from .._types import Batch
 from .attention_transfer import Objective, balance_, output_errors, transfer_attention_, weight_divergences
+from .hf_decoder import step_decoders_
 from .hybrid_attention import MapName, MapRule
 from .softmax_sites import AttentionSite, Forward, MaskReader, attention_sites, call_on
 from .substitute import Substitute, substitute_
@@ -151,6 +152,7 @@ def linearize(
                 used += steps
             if steps or size != windows[0]:
                 errors = output_errors(new, kept[:_MEASURED], forward=forward)
+    step_decoders_(new)
     apart = weight_divergences(new, kept[:1], forward=forward) if divergence else {}
     layers = tuple(
         LinearizedLayer(

@@ -2,7 +2,8 @@
 
 Layers for the `DynamicCache` of transformers: `RecurrentLayer` keeps S and the sum of keys of linear attention (its
 `LinearAttentionLayer` with two states) and counts positions; `RoomLayer` keeps keys and values in memory that doubles
-when it is full, in the place of a copy of everything for each token. `save_state` and `load_state` write a cache to a
+when it is full, in the place of a copy of everything for each token; `hf_cache.RecurrentLayer` keeps the state of
+converted attention. `save_state` and `load_state` write a cache to a
 safetensors file; `snapshot` copies one, for a prefix that is continued several times.
 """
 
@@ -15,11 +16,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._errors import MissingExtraError, require
 from ..ops.decode import KeyValues
+from .hf_cache import RecurrentLayer, hybrid_layer
+from .hybrid_attention import HybridState
+from .substitute import Substitute
 
+_LINEAR, _KEPT = ("memory", "sum"), ("keys", "values")
 _FIRST = 64
 """Positions that keys get room for at the beginning."""
 
@@ -219,41 +225,53 @@ def room_layer() -> Any:
     return RoomLayer
 
 
-def adopt(cache: Any, config: Any) -> None:
+def adopt(cache: Any, config: Any, converted: Mapping[int, Substitute] | None = None) -> None:
     """Give an empty cache of transformers the layers that fit a model; leave one that has them.
 
     Args:
         cache: A `Cache`.
         config: The model's, with layer_types and sliding_window.
+        converted: What stands for the softmax attention of layers after `linearize`, by their numbers.
 
     Raises:
         ValueError: if another model filled it, or it has other layers.
     """
-    kinds = [recurrent_layer() if kind == "linear_attention" else room_layer() for kind in config.layer_types]
-    if [type(layer) for layer in cache.layers] == kinds:
+    parts = converted or {}
+    kinds = [
+        RecurrentLayer if number in parts else recurrent_layer() if kind == "linear_attention" else room_layer()
+        for number, kind in enumerate(config.layer_types)
+    ]
+    if [type(layer) for layer in cache.layers] == kinds and all(
+        cache.layers[number].substitute is part for number, part in parts.items()
+    ):
         return
     states = [getattr(layer, "recurrent_states", None) or {} for layer in cache.layers]
-    filled = any(getattr(layer, "keys", None) is not None for layer in cache.layers)
+    filled = any(
+        layer.batch() is not None if isinstance(layer, RecurrentLayer) else getattr(layer, "keys", None) is not None
+        for layer in cache.layers
+    )
     if filled or any(x is not None for state in states for x in state.values()):
         raise ValueError(
             f"This model cannot go on from {type(cache).__name__} with layers {cache.layers}: start with an empty one."
         )
     cache.layer_class_to_replicate = None
     cache.layers = [
-        recurrent_layer()() if kind == "linear_attention"
+        hybrid_layer(parts[number]) if number in parts
+        else recurrent_layer()() if kind == "linear_attention"
         else room_layer()(config.sliding_window if kind == "sliding_attention" else None)
-        for kind in config.layer_types
+        for number, kind in enumerate(config.layer_types)
     ]  # fmt: skip
 
 
-def new_cache(config: Any) -> Any:
+def new_cache(config: Any, converted: Mapping[int, Substitute] | None = None) -> Any:
     """Return an empty `DynamicCache` with the layers that fit a model.
 
     Args:
         config: The model's.
+        converted: As for `adopt`.
     """
     cache = _library().DynamicCache()
-    adopt(cache, config)
+    adopt(cache, config, converted)
     return cache
 
 
@@ -262,6 +280,8 @@ def batch_of(cache: Any) -> int | None:
     layer = cache.layers[0]
     if not layer.get_seq_length():
         return None
+    if isinstance(layer, RecurrentLayer):
+        return layer.batch()
     first = layer.state()[0] if isinstance(layer, recurrent_layer()) else layer.room[0]
     return int(first.shape[0])
 
@@ -303,19 +323,25 @@ def save_state(cache: Any, path: Path | str) -> None:
         raise ValueError(f"{type(cache).__name__} is empty: let the model read something first.")
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.layers):
-        recurrent = isinstance(layer, recurrent_layer())
-        pair = layer.state() if recurrent else (layer.keys, layer.values)
-        for name, x in zip(("memory", "sum") if recurrent else ("keys", "values"), pair):
-            tensors[f"{number}.{name}"] = x.contiguous()
+        names: tuple[str, ...]
+        parts: Any
+        if isinstance(layer, RecurrentLayer):
+            names, parts = HybridState._fields, layer.state
+        elif isinstance(layer, recurrent_layer()):
+            names, parts = _LINEAR, layer.state()
+        else:
+            names, parts = _KEPT, (layer.keys, layer.values)
+        tensors |= {f"{number}.{name}": x.contiguous() for name, x in zip(names, parts)}
     save_file(tensors, path, {"eke": json.dumps({"positions": cache.layers[0].get_seq_length()})})
 
 
-def load_state(path: Path | str, config: Any) -> Any:
+def load_state(path: Path | str, config: Any, converted: Mapping[int, Substitute] | None = None) -> Any:
     """Read what `save_state` wrote.
 
     Args:
         path: Of the file.
         config: Of the model that goes on from it.
+        converted: As for `adopt`: `hugging_face.converted(model)` for a model after `linearize`.
 
     Returns:
         A `DynamicCache` for `past_key_values=`.
@@ -330,26 +356,40 @@ def load_state(path: Path | str, config: Any) -> Any:
         tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about is None:
         raise ValueError(f"{path} holds no state: it was not written by save_state.")
-    wanted = {
-        f"{number}.{name}"
-        for number, kind in enumerate(config.layer_types)
-        for name in (("memory", "sum") if kind == "linear_attention" else ("keys", "values"))
-    }
-    size = config.hidden_size // config.num_attention_heads
-    if set(tensors) != wanted or any(
-        (x.shape[1], x.shape[3 if x.ndim > 3 else 2]) != (config.num_attention_heads, size) for x in tensors.values()
+    cache, positions = new_cache(config, converted), json.loads(about)["positions"]
+    names = {
+        number: HybridState._fields if isinstance(layer, RecurrentLayer)
+        else _LINEAR if isinstance(layer, recurrent_layer()) else _KEPT
+        for number, layer in enumerate(cache.layers)
+    }  # fmt: skip
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    if set(tensors) != {f"{number}.{name}" for number, parts in names.items() for name in parts} or not all(
+        _of_model(name, x, heads, size, converted or {}) for name, x in tensors.items()
     ):
         raise ValueError(
             f"{path} is the state of another model: it holds {', '.join(sorted(tensors))}, and this one has layers "
-            f"{config.layer_types} with {config.num_attention_heads} heads of {size}."
+            f"{config.layer_types} with {heads} heads of {size}, converted {sorted(converted or {})}."
         )
-    cache, positions = new_cache(config), json.loads(about)["positions"]
     for number, layer in enumerate(cache.layers):
-        if isinstance(layer, recurrent_layer()):
-            layer.put((tensors[f"{number}.memory"], tensors[f"{number}.sum"]), positions)
+        parts = [tensors[f"{number}.{name}"] for name in names[number]]
+        if isinstance(layer, RecurrentLayer):
+            layer.state = HybridState(*parts)
+            layer.advance(positions)
+        elif isinstance(layer, recurrent_layer()):
+            layer.put((parts[0], parts[1]), positions)
         else:
-            keys, values = tensors[f"{number}.keys"], tensors[f"{number}.values"]
-            layer.update(keys, values)
+            layer.update(*parts)
             layer.cumulative_length = positions
             layer._show()
     return cache
+
+
+def _of_model(name: str, x: Tensor, heads: int, size: int, converted: Mapping[int, Substitute]) -> bool:
+    """Return whether a part of a state has the shape that the model gives it."""
+    number, _, kind = name.partition(".")
+    part = converted.get(int(number))
+    if part is None:
+        return x.ndim > 2 and (x.shape[1], x.shape[3 if x.ndim > 3 else 2]) == (heads, size)
+    one = torch.zeros(1, heads, 1, size)
+    wanted: Tensor = getattr(part._begin(one, one, size**-0.5), kind)
+    return x.shape[1:] == wanted.shape[1:]

@@ -5,17 +5,19 @@
 
 Where attention was converted, the cache hands new keys and values on and keeps the substitute's state (S, z and the
 last `window` positions): memory and time of a token do not grow with the text. Other layers keep all keys as ever.
+Single tokens may be taken by the native step of `ops.decode`, which moves the state in place.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import require
-from .cluster_conversion import ClusteredSubstitute
+from ..ops.decode import Ring
 from .hybrid_attention import HybridState
 from .substitute import Substitute, substitutes
 
@@ -33,9 +35,50 @@ class RecurrentLayer:
     supports_early_init = False
 
     def __init__(self, substitute: Substitute) -> None:
-        self._substitute = substitute
-        self.state: HybridState | None = None
+        self.substitute = substitute
+        self._ring: Ring | None = None
+        self._own = False  # whether the ring's memory is nobody else's and lies as the native step takes it
         self.length = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentLayer:
+        """Return a copy of what was read, for the same model."""
+        new = RecurrentLayer(self.substitute)
+        new._ring, new._own, new.length = copy.deepcopy(self._ring, memo), self._own, self.length
+        return new
+
+    @property
+    def state(self) -> HybridState | None:
+        """The state, the oldest of the last positions first; None before the first one."""
+        ring = self._ring
+        return None if ring is None else HybridState(ring.memory, ring.sums, *ring.ordered())
+
+    @state.setter
+    def state(self, state: HybridState | None) -> None:
+        """Go on from another state, which is not changed."""
+        self._ring, self._own = None if state is None else Ring(*state), False
+
+    def ring(self) -> Ring:
+        """Return the state as a step moves it in place; `advance` counts the position."""
+        ring = self._ring
+        assert ring is not None
+        if not self._own:
+            parts = (ring.memory, ring.sums, *ring.ordered())
+            memory, sums, keys, values, real = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+            self._ring = ring = Ring(memory, sums, keys, values, real)
+            self._own = True
+        return ring
+
+    def advance(self, positions: int) -> None:
+        """Count positions by which the state was moved in place.
+
+        Args:
+            positions: How many.
+        """
+        self.length += positions
+
+    def batch(self) -> int | None:
+        """Return how many sequences were read, None before the first position."""
+        return None if self._ring is None else self._ring.memory.shape[0]
 
     @property
     def is_initialized(self) -> bool:
@@ -56,7 +99,7 @@ class RecurrentLayer:
         Returns:
             The same.
         """
-        self._substitute.kept = self
+        self.substitute.kept = self
         self.length += key_states.shape[-2]
         return key_states, value_states
 
@@ -82,8 +125,9 @@ class RecurrentLayer:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on from the states of some sequences of the batch."""
-        if self.state is not None:
-            self.state = self.state.reordered(beam_idx)
+        state = self.state
+        if state is not None:
+            self.state = state.reordered(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences of the batch."""
@@ -91,9 +135,9 @@ class RecurrentLayer:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
-        if self.state is not None:
-            batch = self.state.memory.shape[0]
-            self.state = self.state.reordered(torch.arange(batch).repeat_interleave(repeats))
+        batch = self.batch()
+        if batch is not None:
+            self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
 
     def crop(self, _: int) -> None:
         """Refuse: a state has no way back.
@@ -111,6 +155,18 @@ class RecurrentLayer:
 
     def prefetch(self) -> None:
         """Do nothing: a state is never away."""
+
+
+def hybrid_layer(substitute: Substitute) -> RecurrentLayer:
+    """Return an empty layer for a cache of transformers.
+
+    Args:
+        substitute: Whose state it keeps.
+    """
+    library: Any = require("transformers.cache_utils", extra="hf", purpose="A recurrent cache")
+    # Its caches ask layers for their kind: one that inherits from an extra's class would need the extra to be imported.
+    library.CacheLayerMixin.register(RecurrentLayer)
+    return RecurrentLayer(substitute)
 
 
 def recurrent_cache(model: nn.Module) -> Any:
@@ -132,7 +188,7 @@ def recurrent_cache(model: nn.Module) -> Any:
         int(index): part
         for name, part in parts.items()
         if part.causal
-        and not isinstance(part, ClusteredSubstitute)
+        and type(part) is Substitute  # clustered ones have no state
         and (index := getattr(model.get_submodule(name), "layer_idx", None)) is not None
     }
     if not numbered:
@@ -144,7 +200,5 @@ def recurrent_cache(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     depth = max(getattr(config, "num_hidden_layers", 0), 1 + max(numbered))
     plain = transformers.cache_utils.DynamicLayer
-    # Its caches ask layers for their kind: one that inherits from an extra's class would need the extra to be imported.
-    transformers.cache_utils.CacheLayerMixin.register(RecurrentLayer)
-    layers = [RecurrentLayer(numbered[i]) if i in numbered else plain() for i in range(depth)]
+    layers = [hybrid_layer(numbered[i]) if i in numbered else plain() for i in range(depth)]
     return transformers.Cache(layers=layers)

@@ -47,23 +47,19 @@ def fuse_decoder(model: Any) -> FusedStep | None:
     Returns:
         The step, or None if a module is not of the plain kind.
     """
-    base = type(model).__mro__[1] if type(model).__dict__.get("steps") else type(model)
-    if not _is(base, "LlamaModel"):
+    if not _is(type(model), "LlamaModel"):
         return None
     layers, norm = list(model.layers), model.norm
     modules = [module for part in (*layers, norm) for module in part.modules()]
     if not layers or not all(map(_plain, modules)) or any(map(watched, modules)):
         return None
-    blocks = [_described(layer) for layer in layers]
-    kinds = {(_ACTIVATIONS[type(layer.mlp.act_fn).__name__], layer.self_attn.config.num_attention_heads)
+    kinds = {(_ACTIVATIONS.get(type(layer.mlp.act_fn).__name__), layer.self_attn.config.num_attention_heads)
              for layer in layers}  # fmt: skip
-    if len(kinds) > 1 or len(layers) != model.config.num_hidden_layers:
-        return None
-    found = [block for block in blocks if block is not None]
-    if len(found) < len(layers):
-        return None
     activation, heads = kinds.pop()
-    return FusedStep(Decoder(found, heads=heads, activation=activation, last=_norm(norm)), modules)
+    blocks = [block for layer in layers if (block := _described(layer)) is not None]
+    if kinds or activation is None or not len(blocks) == len(layers) == model.config.num_hidden_layers:
+        return None
+    return FusedStep(Decoder(blocks, heads=heads, activation=activation, last=_norm(norm)), modules)
 
 
 def _plain(module: nn.Module) -> bool:
@@ -71,8 +67,8 @@ def _plain(module: nn.Module) -> bool:
     kind = type(module)
     if kind is nn.Linear or kind in PARTS or kind.__name__ in _ACTIVATIONS:
         return True
-    names = ("LlamaDecoderLayer", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm")
-    return any(_is(kind, name) for name in names) or _is(converted_from(module), "LlamaAttention")
+    named = any(_is(kind, f"Llama{name}") for name in ("DecoderLayer", "Attention", "MLP", "RMSNorm"))
+    return named or _is(converted_from(module), "LlamaAttention")
 
 
 def _norm(norm: Any) -> Norm:
@@ -109,8 +105,13 @@ def step_decoders_(model: nn.Module) -> None:
         model: From `linearize`.
     """
     for module in model.modules():
-        if _is(type(module), "LlamaModel") and any(part.causal for part in substitutes(module).values()):
-            module.__class__ = _stepping(type(module))  # type: ignore[arg-type]
+        kind = type(module)
+        if (
+            _is(kind, "LlamaModel")
+            and "steps" not in kind.__dict__
+            and any(p.causal for p in substitutes(module).values())
+        ):
+            module.__class__ = _stepping(kind)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -139,7 +140,9 @@ def _stepped(model: Any, given: dict[str, Any]) -> Any:
     config, (batch, length) = model.config, read.shape[:2]
     if length != 1 or config.output_hidden_states or config.output_attentions or not config.return_dict:
         return None
-    if not _own(model, cache, batch) or not _newest_is_real(given.get("attention_mask")):
+    mask: Tensor | None = given.get("attention_mask")
+    newest_is_real = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask[:, -1].all()))
+    if not newest_is_real or not _own(model, cache, batch):
         return None
     x = model.embed_tokens(ids) if ids is not None else read
     if x.dtype != torch.float32 or not x.is_cpu:
@@ -162,17 +165,8 @@ def _stepped(model: Any, given: dict[str, Any]) -> Any:
 
 def _own(model: Any, cache: Any, batch: int) -> bool:
     """Return whether a cache holds the states of this decoder's attentions, of so many sequences."""
-    layers = getattr(cache, "layers", ())
-    return len(layers) == len(model.layers) and all(
-        isinstance(kept, RecurrentLayer)
-        and kept.substitute is layer.self_attn._modules.get(CHILD)
-        and kept.batch() == batch
-        for kept, layer in zip(layers, model.layers)
+    layers, parts = getattr(cache, "layers", ()), [layer.self_attn._modules.get(CHILD) for layer in model.layers]
+    return len(layers) == len(parts) and all(
+        isinstance(kept, RecurrentLayer) and kept.substitute is part and kept.batch() == batch
+        for kept, part in zip(layers, parts)
     )
-
-
-def _newest_is_real(mask: Tensor | None) -> bool:
-    """Return whether a mask over positions, if any, says that the newest ones are none of padding."""
-    if mask is None:
-        return True
-    return isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask[:, -1].all())

@@ -7,8 +7,9 @@
     model.generate(tokens, max_new_tokens=100, num_beams=4)
 
 Each layer is "linear_attention", "full_attention" or "sliding_attention". A new token goes through all layers in one
-native call (`ops.decode`) where nobody needs derivatives: float32 on the CPU. The two classes are made on first use,
-because transformers is an extra; that also tells AutoConfig and AutoModelForCausalLM about them.
+native call (`ops.decode`) where nobody needs derivatives: float32 on the CPU. Layers that `linearize` converted keep
+states in the place of keys, and stay in that call. The two classes are made on first use, because transformers is an
+extra; that also tells AutoConfig and AutoModelForCausalLM about them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require
-from ..ops.decode.blocks import KeyValues
+from ..ops.decode.blocks import KeyValues, Ring
 from ..ops.linear_attention import LinearAttentionState
+from .fused_step import FusedStep
 from .generation_cache import adopt, batch_of, load_state, new_cache, recurrent_layer, save_state, snapshot
-from .transformer import FusedStep, TransformerBlock, fuse
+from .hf_cache import RecurrentLayer
+from .substitute import CHILD, Substitute
+from .transformer import TransformerBlock, fuse
 
 __all__ = ["config_class", "load_state", "model_class", "save_state", "snapshot"]
 
@@ -107,6 +111,7 @@ def model_class() -> type:
     class Model(library.PreTrainedModel, library.GenerationMixin):  # type: ignore[misc, name-defined]
         config_class = config_class()
         base_model_prefix = ""
+        _supports_sdpa = True  # it always calls it: `linearize` may ask for it
         _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 (transformers reads a dictionary here)
         _fused: FusedStep | None = None
 
@@ -149,10 +154,10 @@ def model_class() -> type:
         def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
             text = kwargs.get("input_ids", inputs)
             if kwargs.get("past_key_values") is not None:
-                _goes_on(self.config, kwargs["past_key_values"], text, kwargs.get("attention_mask"))
+                _goes_on(self, kwargs["past_key_values"], text, kwargs.get("attention_mask"))
             elif kwargs.get("use_cache", getattr(kwargs.get("generation_config"), "use_cache", None)) is not False:
                 # One of our own: what transformers makes for linear attention does not know its length.
-                kwargs["past_key_values"] = new_cache(self.config)
+                kwargs["past_key_values"] = new_cache(self.config, converted(self))
             return super().generate(inputs, **kwargs)
 
         def forward(
@@ -174,9 +179,9 @@ def model_class() -> type:
                 )
             cache = past_key_values
             if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
-                cache = new_cache(self.config)
+                cache = new_cache(self.config, converted(self))
             x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-            mask = _prepared(self.config, cache, x, attention_mask)
+            mask = _prepared(self, cache, x, attention_mask)
             if self.positions is not None:
                 x = x + self.positions(_positions(self.config, cache, x, mask, position_ids))
             logits = _stepped(self, x, cache, mask)
@@ -193,13 +198,26 @@ def model_class() -> type:
     return made
 
 
-def _goes_on(config: Any, cache: Any, text: Tensor | None, mask: Tensor | None) -> None:
+def converted(model: Any) -> dict[int, Substitute]:
+    """Return what stands for softmax attention in a model after `linearize`, by the numbers of the layers.
+
+    Args:
+        model: A LinearTransformerForCausalLM.
+    """
+    return {
+        number: part
+        for number, block in enumerate(model.blocks)
+        if isinstance(part := block.attention._modules.get(CHILD), Substitute)
+    }
+
+
+def _goes_on(model: Any, cache: Any, text: Tensor | None, mask: Tensor | None) -> None:
     """Refuse a text of which a cache leaves nothing to read: transformers would read it twice.
 
     Raises:
         ValueError: saying how much was read.
     """
-    adopt(cache, config)
+    adopt(cache, model.config, converted(model))
     read = cache.get_seq_length()
     if text is not None and (mask is None or mask.shape == text.shape) and 0 < text.shape[1] <= read:
         raise ValueError(
@@ -208,7 +226,7 @@ def _goes_on(config: Any, cache: Any, text: Tensor | None, mask: Tensor | None) 
         )
 
 
-def _prepared(config: Any, cache: Any, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+def _prepared(model: Any, cache: Any, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """Check cache and mask against the inputs.
 
     Returns:
@@ -219,7 +237,7 @@ def _prepared(config: Any, cache: Any, x: Tensor, attention_mask: Tensor | None)
     """
     past = 0
     if cache is not None:
-        adopt(cache, config)
+        adopt(cache, model.config, converted(model))
         batch, past = batch_of(cache), cache.layers[0].get_seq_length()
         if batch not in {None, x.shape[0]}:
             raise ValueError(
@@ -288,10 +306,12 @@ def _stepped(model: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor |
         fused = model._fused = fuse(model.blocks, last=model.norm, head=model.head)
     if fused is None or not fused.decoder.fused():
         return None
-    states: list[LinearAttentionState | KeyValues] = []
+    states: list[LinearAttentionState | KeyValues | Ring] = []
     for layer in cache.layers:
         if isinstance(layer, recurrent_layer()):
             states.append(LinearAttentionState(*layer.state()))
+        elif isinstance(layer, RecurrentLayer):
+            states.append(layer.ring())
         else:
             layer.reserve(1, layer.room[0])
             states.append(layer.key_values(starts))

@@ -191,6 +191,18 @@ def substitutes(model: nn.Module) -> dict[str, Substitute]:
     return {name.rpartition(".")[0]: module for name, module in found}
 
 
+def converted_from(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that a module had before it was converted, None if it was not.
+
+    Args:
+        module: Any.
+    """
+    if not isinstance(module._modules.get(CHILD), Substitute):
+        return None
+    kind = type(module).__mro__[1]
+    return kind if type(module) is _converted(kind) else None
+
+
 @functools.cache
 def _converted(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a module's class whose attention is its child's."""

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..ops.decode import Block, Decoder, Feed, Linear, Norm, Projection, Softmax
+from ..ops.decode import Block, Decoder, Feed, Hybrid, Linear, Norm, Projection, Softmax
 from ..ops.decode.blocks import Activation
 from ..ops.decode.reference import ACTIVATIONS
 from ..ops.linear_attention import LinearAttentionState
+from .fused_step import PARTS, FusedStep, described_hybrid, watched
 from .linear_attention import Decay, LinearAttention
+from .substitute import CHILD, converted_from
 
 Kind = Literal["linear_attention", "full_attention", "sliding_attention"]
 Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -70,7 +72,9 @@ class SoftmaxAttention(nn.Module):
         away = torch.arange(total - length, total, device=x.device)[:, None] - torch.arange(total, device=x.device)
         seen = away >= 0 if self.window is None else (away >= 0) & (away < self.window)
         if mask is not None:
-            seen = (seen & mask[:, None, -total:]) | (away == 0)  # the own position is always seen
+            seen = seen & mask[:, None, -total:]
+            if CHILD not in self._modules:  # a softmax needs something to see; converted attention sees padding as such
+                seen = seen | (away == 0)
             seen = seen[:, None]
         return self._joined(functional.scaled_dot_product_attention(q, k, v, attn_mask=seen))
 
@@ -161,65 +165,45 @@ class TransformerBlock(nn.Module):
         return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm_feed(x)))), after
 
 
-class FusedStep:
-    """A `Decoder` on the parameters of blocks, and whether it still is what the blocks do.
-
-    Args:
-        decoder: The step.
-        modules: All modules that it stands for.
-    """
-
-    def __init__(self, decoder: Decoder, modules: Sequence[nn.Module]) -> None:
-        self.decoder, self._modules = decoder, tuple(modules)
-        self._parts: list[tuple[dict[str, Any], str, object]] = [
-            (parts, name, part)
-            for module in modules
-            for parts in (module._parameters, module._modules, module._buffers)
-            for name, part in parts.items()
-        ]
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Return None for a copy of a model, which has parameters of its own and makes its own step."""
-        return type(None), ()
-
-    def current(self) -> bool:
-        """Return whether no parameter or module was replaced since, and no hook wants to see a call."""
-        if not all(parts.get(name) is part for parts, name, part in self._parts):
-            return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
-
-
 def fuse(
     blocks: Sequence[nn.Module], *, last: nn.Module | None = None, head: nn.Module | None = None
 ) -> FusedStep | None:
     """Return all blocks as one step for a token, on the same parameters.
 
     Args:
-        blocks: Of `TransformerBlock`.
+        blocks: Of `TransformerBlock`, as they are or after `linearize`.
         last: Norm behind the last one, or None.
         head: Linear layer behind it, or None.
 
     Returns:
-        The step, or None if a module is not of the plain kind: another class, a feature map with parameters, hooks.
+        The step, or None if a module is not of the plain kind: another class, a feature map of one's own, hooks.
+        Softmax attention may have been converted by `linearize`, with any of its feature maps but FAVOR+.
     """
     ends = [module for module in (last, head) if module is not None]
     modules = [module for part in (*blocks, *ends) for module in part.modules()]
-    plain = {TransformerBlock, SoftmaxAttention, LinearAttention, nn.Linear, nn.LayerNorm, nn.RMSNorm}
-    if any(type(module) not in plain or module._forward_hooks or module._forward_pre_hooks for module in modules):
+    if not blocks or not all(type(block) is TransformerBlock for block in blocks):
         return None
-    if not all(type(block) is TransformerBlock for block in blocks) or not blocks:
+    if any(not _plain(module) or watched(module) for module in modules):
         return None
     parts = [block for block in blocks if isinstance(block, TransformerBlock)]
     kinds = {(block.activation, block.attention.num_heads) for block in parts}
-    maps = [block.attention.feature_map for block in parts if isinstance(block.attention, LinearAttention)]
-    if len(kinds) > 1 or not all(isinstance(f, str) for f in maps):
+    attentions = [_attention(block.attention) for block in parts]
+    if len(kinds) > 1 or None in attentions:
         return None
     activation, heads = kinds.pop()
     decoder = Decoder(
-        [_described(block) for block in parts], heads=heads, activation=activation,
+        [_described(block, kind) for block, kind in zip(parts, attentions) if kind is not None],
+        heads=heads, activation=activation,
         last=None if last is None else _norm(last), head=None if head is None else _projection(head),
     )  # fmt: skip
     return FusedStep(decoder, modules)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Return whether a module is of a class that a step knows, or was before it was converted."""
+    plain = {TransformerBlock, SoftmaxAttention, LinearAttention, nn.Linear, nn.LayerNorm, nn.RMSNorm}
+    kind = type(module)
+    return kind in plain or kind in PARTS or converted_from(module) is SoftmaxAttention
 
 
 def _projection(module: nn.Module) -> Projection:
@@ -234,18 +218,28 @@ def _norm(module: nn.Module) -> Norm:
     return Norm("rms", module.weight, None, torch.finfo(torch.float32).eps if module.eps is None else module.eps)
 
 
-def _described(block: TransformerBlock) -> Block:
-    attention, kind = block.attention, None
+def _attention(attention: LinearAttention | SoftmaxAttention) -> Linear | Softmax | Hybrid | None:
+    """Return an attention as a step knows it, None if it does not."""
     if isinstance(attention, LinearAttention):
+        if not isinstance(attention.feature_map, str):
+            return None
         name: Any = attention.feature_map
-        kind = Linear(
+        return Linear(
             name, attention.decay is None and not attention.delta, retention=attention.retention,
             gate=None if attention.gate is None else _projection(attention.gate),
             rate=None if attention.rate is None else _projection(attention.rate),
             norm=None if attention.norm is None else _norm(attention.norm),
         )  # fmt: skip
+    if converted_from(attention) is None:
+        return Softmax(attention.window)
+    if attention.window is not None:
+        return None
+    return described_hybrid(attention, attention.num_heads, attention.out.in_features // attention.num_heads)
+
+
+def _described(block: TransformerBlock, kind: Linear | Softmax | Hybrid) -> Block:
+    attention = block.attention
     return Block(
-        _norm(block.norm_attention), _projection(attention.projections),
-        kind or Softmax(attention.window if isinstance(attention, SoftmaxAttention) else None),
-        _projection(attention.out), Feed(_norm(block.norm_feed), _projection(block.up), _projection(block.down)),
+        _norm(block.norm_attention), _projection(attention.projections), kind, _projection(attention.out),
+        Feed(_norm(block.norm_feed), _projection(block.up), _projection(block.down)),
     )  # fmt: skip

@@ -206,7 +206,4 @@ class Ring:
 
     def move(self) -> None:
         """Count the position that was written into the slot."""
-        window = self.real.shape[1]
-        if window:
-            self.real[:, self.slot] = True
-            self.slot = (self.slot + 1) % window
+        self.slot = (self.slot + 1) % max(1, self.real.shape[1])

@@ -114,6 +114,8 @@ void run(const Step& s, const Plan& p, const Team& t) {
     const Layer& l = s.layer[i];
     attention(s, l, p, t);
     meet(t);
+    if (l.attention == HYBRID && l.window && t.part == 0)  // all heads have seen who left
+      for (i64 b = 0; b < t.samples; b++) l.real[(t.from + b) * l.window + l.filled] = 1;
     product({l.out, s.width, attended, p.width, x, p.width, true}, from, to, t.samples);
     meet(t);
     for (i64 b = 0; b < t.samples; b++) normed(l.between, x + b * p.width, s.width, normal + b * p.width);

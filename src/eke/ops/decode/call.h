@@ -45,7 +45,7 @@ struct Layer {
   float *memory, *keys, *values, *near_keys, *near_values;
   i64 batch_stride, head_stride, filled;
   const i64* starts;  // first real position of each sample, or null
-  const unsigned char* real;
+  unsigned char* real;
 };
 
 struct Step {

@@ -132,7 +132,7 @@ def _hybrid(kind: Hybrid, qkv: tuple[Tensor, Tensor, Tensor], state: Ring) -> Te
     if kind.window:
         leaving = features(kind.key_map, state.keys[:, :, at]) * state.real[:, None, at, None]
         value = state.values[:, :, at].clone()
-        state.keys[:, :, at], state.values[:, :, at] = k, v
+        state.keys[:, :, at], state.values[:, :, at], state.real[:, at] = k, v, True
     else:
         leaving, value = features(kind.key_map, k), v
     state.memory.add_(leaving.unsqueeze(-1) * value.unsqueeze(-2))
