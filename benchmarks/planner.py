@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import time
@@ -41,6 +42,8 @@ from eke.compression.task import evaluating
 
 demo = importlib.import_module("eke.demo.task")
 STATISTICS = 1024
+LEADING = "EKFAC with leading directions"
+KRONECKER = ("K-FAC", "EKFAC", LEADING)
 
 
 def held_out(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,10 +85,10 @@ def changes(found: Survey, choice: str, option: int) -> dict[str, torch.Tensor]:
             return {form.site.name: new - matrix.double()}
     for width in space.decisions.widths:
         if width.choice == choice:
-            by_module = {site.module_name: site for site in space.sites}
-            consumers = readers(width.group, by_module, space.model, space.curvature)
+            by_parameter = {site.parameter_name: site for site in space.sites}
+            consumers = readers(width.group, by_parameter, space.model, space.curvature)
             units = torch.tensor(width.order[: width.group.size - width.kept[option]])
-            names = [by_module[m.module_name].name for m in width.group.consumers]
+            names = [by_parameter[m.parameter].name for m in width.group.consumers]
             return {name: removal_change(consumer, units) for name, consumer in zip(names, consumers)}
     return {}
 
@@ -93,18 +96,19 @@ def changes(found: Survey, choice: str, option: int) -> dict[str, torch.Tensor]:
 def predictors(found: Survey, delta: dict[str, torch.Tensor]) -> dict[str, float]:
     """Predicted loss of a change by every metric."""
     curvature = found.space.curvature
-    sums = dict.fromkeys(("distance", "activations", "diagonal", "K-FAC", "EKFAC", "slope"), 0.0)
+    sums = dict.fromkeys(("distance", "activations", "diagonal", "K-FAC", "EKFAC", LEADING, "slope"), 0.0)
     for name, d in delta.items():
         factors = curvature.factors(name)
-        plain = dataclasses.replace(factors, basis=None)
+        plain = dataclasses.replace(factors, basis=None, leading=None)
         sums["distance"] += float(d.square().sum())
         sums["activations"] += 0.5 * float((d @ factors.a[0].double() * d).sum())
         sums["diagonal"] += 0.5 * float((plain.diagonal.double() * d.square()).sum())
         sums["K-FAC"] += plain.quadratic(d)
-        sums["EKFAC"] += factors.quadratic(d)
+        sums["EKFAC"] += dataclasses.replace(factors, leading=None).quadratic(d)
+        sums[LEADING] += factors.quadratic(d)
         sums["slope"] += factors.linear(d)
     slope = max(0.0, sums.pop("slope"))
-    return sums | {f"{name} and slope": sums[name] + slope for name in ("K-FAC", "EKFAC")}
+    return sums | {f"{name} and slope": sums[name] + slope for name in KRONECKER}
 
 
 def singles(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, most: int) -> dict[str, Any]:
@@ -132,11 +136,11 @@ def singles(found: Survey, data: tuple[torch.Tensor, torch.Tensor], *, most: int
     return {"samples": len(data[1]), **ranks_of(rows), "rows": rows}
 
 
-METRICS = ("distance", "activations", "diagonal", "K-FAC", "EKFAC", "K-FAC and slope", "EKFAC and slope")
+METRICS = ("distance", "activations", "diagonal", *KRONECKER, *(f"{name} and slope" for name in KRONECKER))
 
 
 def ranks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well every metric orders the changes: all, those of one kind, and EKFAC less K-FAC with paired intervals."""
+    """How well every metric orders the changes: all, those of one kind, and differences with paired intervals."""
     full = [row for row in rows if "K-FAC" in row]
     ranks = {}
     for name in (*METRICS, "corrected"):
@@ -155,16 +159,17 @@ def ranks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         m = [row["measured"] for row in some]
         by_kind[kind] = {"changes": len(some)} | {name: rank([row[name] for row in some], m) for name in METRICS}
     random = np.random.default_rng(0)
-    gains: dict[str, list[float]] = {"": [], " and slope": []}
+    pairs = [(one + end, two + end) for end in ("", " and slope") for one, two in itertools.combinations(KRONECKER, 2)]
+    gains: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for _ in range(1000):
         drawn = [full[i] for i in random.integers(0, len(full), len(full))]
         m = [row["measured"] for row in drawn]
-        for suffix, found in gains.items():
-            one, two = (rank([row[name + suffix] for row in drawn], m) for name in ("EKFAC", "K-FAC"))
-            found.append(one - two)
+        found = {name: rank([row[name] for row in drawn], m) for pair in pairs for name in pair}
+        for less, more in pairs:
+            gains[less, more].append(found[more] - found[less])
     paired = {
-        f"EKFAC less K-FAC{suffix}": [float(x) for x in np.percentile(found, (2.5, 97.5))]
-        for suffix, found in gains.items()
+        f"{more} less {less}": [float(x) for x in np.percentile(values, (2.5, 97.5))]
+        for (less, more), values in gains.items()
     }
     return {"ranks": ranks, "ranks of one kind": by_kind, "paired intervals": paired}
 

@@ -37,6 +37,9 @@ from .timing import Timing
 STATISTICS = 1024
 """Most samples from which statistics are estimated."""
 
+LEADING = 16
+"""Directions of largest curvature a matrix that predictions know beside the corrected eigenvalues."""
+
 _FEWEST, _SHARE = 128, 12  # samples in any case, and as a multiple of those on which a loss increase is measured
 
 
@@ -128,6 +131,7 @@ def explore(job: Job, run: Run) -> Space:
             max_samples=min(STATISTICS, max(_FEWEST, _SHARE * affordable(job))),
             max_locations=49,
             corrected_samples=128,
+            leading=LEADING,
         )
         if path is not None:
             curvature.save(path)

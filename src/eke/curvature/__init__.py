@@ -8,6 +8,7 @@ from .curvature import Curvature
 from .diagonal import Diagonal, Fisher, gauss_newton_diagonal
 from .examples import Rows, Seen, Sharing, along, rows_of, shared_rows, sharing_of
 from .factors import Factors
+from .leading import Leading
 from .likelihood import Likelihood, pulls
 from .lookups import Lookups
 from .recorder import Call, Recorder, private_copy
@@ -22,6 +23,7 @@ __all__ = [
     "Diagonal",
     "Factors",
     "Fisher",
+    "Leading",
     "Likelihood",
     "Lookups",
     "Recorder",

@@ -9,7 +9,8 @@ Gradients are those of the given loss: with labels this is the empirical Fisher;
 drawn from the model, which makes it the Fisher (for softmax and cross entropy equal to the Gauss-Newton matrix).
 Cost: one forward and one backward pass, plus rows * n^2 a site; the correction runs its samples again and takes
 m n^2 a sample and two eigendecompositions a site. Memory: one batch's
-activations, n^2 + m^2 + m n totals a site, 64 MB of patches, and the batches that the correction reads again.
+activations, n^2 + m^2 + m n totals a site (and m n for each leading direction), 64 MB of patches, and the batches that
+the correction reads again.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from .._types import Batch, Loss
 from ..sites import Site
 from .basis import Basis
 from .factors import Factors, output_quadratic
+from .leading import Leading
 from .recorder import Recorder, private_copy
 from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
 
 _TENSORS = ("a", "g", "mean")
 _BASIS = ("g_vectors", "a_vectors", "moments")
+_LEADING = ("rows", "rest")
 _NUMBERS = ("samples", "locations", "active", "channel_dim", "coherence")
 _FORMAT = "eke curvature 2"
 
@@ -63,6 +66,7 @@ class Curvature:
         max_samples: int | None = None,
         max_locations: int | None = None,
         corrected_samples: int = 256,
+        leading: int = 0,
     ) -> Curvature:
         """Estimate factors on a private copy of the model in eval mode; the model itself is not touched.
 
@@ -77,6 +81,9 @@ class Curvature:
             max_locations: Locations of a convolution's output used for A a sample (a shifting lattice); None for all.
             corrected_samples: Samples (of the first batches, which are run again) for the eigenvalue correction; 0
                 leaves the plain Kronecker product.
+            leading: Directions of largest curvature a site that are kept whole (from the same samples), for `quadratic`
+                alone; fewer where they would take more than 16 MB. Changes that move many entries together, such as
+                cut channels, are priced too low without.
 
         Returns:
             The curvature. A site that the loss does not use is left out with a warning.
@@ -123,7 +130,8 @@ class Curvature:
                 if value is not None:
                     known[totals[-1].site.name] = value
                 totals.pop()
-            moments = [MomentTotals(site, known[site.name]) for site in sites if site.name in known and again]
+            corrected = [site for site in sites if site.name in known and again]
+            moments = [MomentTotals(site, known[site.name], leading) for site in corrected]
             cost.give_back()
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)
@@ -219,6 +227,8 @@ class Curvature:
             tensors |= {f"{name}/{key}": getattr(f, key) for key in (*_TENSORS, "gradient")}
             if f.basis is not None:
                 tensors |= {f"{name}/basis/{key}": getattr(f.basis, key) for key in _BASIS}
+            if f.leading is not None:
+                tensors |= {f"{name}/leading/{key}": getattr(f.leading, key) for key in _LEADING}
         about = {
             "sites": {name: {key: getattr(f, key) for key in _NUMBERS} for name, f in self._factors.items()},
             "outputs": {name: dim for name, (_, dim) in self._outputs.items()},
@@ -246,8 +256,11 @@ class Curvature:
         factors = {}
         for name, numbers in about["sites"].items():
             tensors = {key: held[f"{name}/{key}"] for key in _TENSORS}
-            has_basis = f"{name}/basis/moments" in held
-            basis = Basis(**{key: held[f"{name}/basis/{key}"] for key in _BASIS}) if has_basis else None
-            gradient = held.get(f"{name}/gradient")
-            factors[name] = Factors(**tensors, **numbers, basis=basis, gradient=gradient)  # type: ignore[arg-type]
+            basis = leading = None
+            if f"{name}/basis/moments" in held:
+                basis = Basis(**{key: held[f"{name}/basis/{key}"] for key in _BASIS})
+            if f"{name}/leading/rows" in held:
+                leading = Leading(**{key: held[f"{name}/leading/{key}"] for key in _LEADING})
+            parts = {"basis": basis, "leading": leading, "gradient": held.get(f"{name}/gradient")}
+            factors[name] = Factors(**tensors, **numbers, **parts)  # type: ignore[arg-type]
         return cls(factors, {name: (held[f"{name}/output"], dim) for name, dim in about["outputs"].items()})

@@ -13,7 +13,8 @@ Both approximations fail where locations agree (before a global pooling g is the
 the number of locations. So the form is corrected as in EKFAC: in the eigenbases U_G, U_A the eigenvalues become the
 measured second moments E[(U_G^T grad U_A)^2] of whole per-sample gradients, grad = sum_l g_l a_l^T. Then
 `quadratic` is exact for a change along any one pair of eigenvectors, and G is scaled to give A x G the right trace
-(`coherence` says by how much) for all who use the plain factors.
+(`coherence` says by how much) for all who use the plain factors. With `leading` directions of the per-sample gradients
+kept whole, `quadratic` also knows what such pairs do together.
 
 With `groups` g the matrix is g blocks of m/g rows, each with its own n inputs; every factor has the group first.
 
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from ..linalg import WIDE
 from .basis import Basis, directions
+from .leading import Leading
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Factors:
         channel_dim: Dimension of the site's output that holds the m channels.
         coherence: Trace of the per-sample gradients' second moment over that of the uncorrelated approximation.
         basis: Eigenbases with corrected eigenvalues; None where they were not measured.
+        leading: Directions of large curvature, kept whole; None where there are none.
         gradient: (m, n), mean gradient of the loss; None where it was not measured.
     """
 
@@ -60,6 +63,7 @@ class Factors:
     channel_dim: int = -1
     coherence: float = 1.0
     basis: Basis | None = None
+    leading: Leading | None = None
     gradient: Tensor | None = None
 
     @property
@@ -90,7 +94,10 @@ class Factors:
         """
         blocks = self._blocks(delta)
         if self.basis is not None:
-            return 0.5 * float((self.basis.energies(blocks) * self.basis.moments).sum())
+            energies = self.basis.energies(blocks)
+            if self.leading is not None:
+                return 0.5 * self.leading.curvature(blocks, energies)
+            return 0.5 * float((energies * self.basis.moments).sum())
         dtype = torch.float32 if max(self.shape) > WIDE else torch.float64
         weighted = self.g.to(dtype) @ blocks.to(dtype) @ self.a.to(dtype)
         return 0.5 * float((weighted.double() * blocks).sum())

@@ -13,6 +13,7 @@ from ..linalg import MANY, WIDE
 from ..sites import Geometry, Site
 from .basis import Basis, gathered
 from .factors import Factors
+from .leading import Leading, Sketch
 from .recorder import Call
 from .rows import input_columns, lattice
 
@@ -142,10 +143,12 @@ class MomentTotals:
     Args:
         site: The site.
         factors: Its uncorrected factors.
+        leading: Directions of largest curvature that are kept whole, see `leading`.
     """
 
-    def __init__(self, site: Site, factors: Factors) -> None:
+    def __init__(self, site: Site, factors: Factors, leading: int = 0) -> None:
         self.site, self.factors = site, factors
+        self._sketch = Sketch(leading, site.shape[0] * site.shape[1])
         basis = factors.eigenbasis()
         self._sum = torch.zeros_like(basis.moments)
         self._basis = replace(basis, moments=self._sum)
@@ -180,9 +183,13 @@ class MomentTotals:
                 # Calls add up before squaring, as more locations do.
                 g, x = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
                 self._sum += _rotated_squares(g, x, self._basis)
+                several = max(1, _CHUNK // (self.site.shape[0] * self.site.shape[1]))
+                for one, other in zip(torch.split(g, several), torch.split(x, several)) if self._sketch.most else ():
+                    self._sketch.add(one.mT @ other)
             else:
                 gradients = torch.stack([g.mT @ x for g, x in parts]).sum(0)
                 self._sum += self._basis.rotate(gradients).square_().sum(0)
+                self._sketch.add(gradients)
             squares = self._sum / self._samples
             _bounded(self.site.name, "weight gradients", prepared[0][1], batch, squares=squares)
 
@@ -212,10 +219,13 @@ class MomentTotals:
         a_trace, g_trace = (_diagonal(moment).double().sum(1) for moment in (factors.a, factors.g))
         everywhere = float(a_trace.sum() * g_trace.sum())
         here = self._aa / self._samples * self._gg / self._active
-        moments = self._sum / self._samples * (everywhere / here)
+        scale = everywhere / here / self._samples
+        moments = self._sum * scale
         coherence = float(moments.sum() / (a_trace * g_trace).sum())
         basis = replace(self._basis, moments=moments / self._basis.sizes)
-        return replace(factors, g=factors.g * coherence, coherence=coherence, basis=basis)
+        rows = self._sketch.rows(scale)
+        leading = None if rows is None else Leading.beside(rows, basis)
+        return replace(factors, g=factors.g * coherence, coherence=coherence, basis=basis, leading=leading)
 
 
 def _rotated_squares(g: Tensor, x: Tensor, basis: Basis) -> Tensor:
