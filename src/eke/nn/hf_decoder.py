@@ -105,12 +105,8 @@ def step_decoders_(model: nn.Module) -> None:
         model: From `linearize`.
     """
     for module in model.modules():
-        kind = type(module)
-        if (
-            _is(kind, "LlamaModel")
-            and "steps" not in kind.__dict__
-            and any(p.causal for p in substitutes(module).values())
-        ):
+        kind, new = type(module), "steps" not in type(module).__dict__
+        if new and _is(kind, "LlamaModel") and any(part.causal for part in substitutes(module).values()):
             module.__class__ = _stepping(kind)  # type: ignore[arg-type]
 
 
