@@ -13,7 +13,7 @@ from eke.curvature import basis as bases
 from eke.curvature import factors as factors_
 from eke.curvature import leading as leading_
 from eke.curvature.factors import Factors
-from eke.curvature.leading import Sketch, leading_rows
+from eke.curvature.leading import Sketch, affordable, leading_rows
 from eke.sites import find
 
 KINDS = ("linear", "convolution", "groups")
@@ -131,7 +131,7 @@ def test_sketch_stays_below_and_finds_a_direction_that_all_share():
     shared = torch.randn(30, dtype=torch.float64, generator=generator)
     rows = torch.randn(200, 30, dtype=torch.float64, generator=generator) * 0.2
     rows += torch.randn(200, 1, dtype=torch.float64, generator=generator) * shared
-    sketch = Sketch(4, 30)
+    sketch = Sketch(4)
     for part in rows.split(9):
         sketch.add(part)
     found = sketch.rows(1.0)
@@ -142,11 +142,13 @@ def test_sketch_stays_below_and_finds_a_direction_that_all_share():
     assert abs(float(found[0] @ best / found[0].norm())) > 0.999
 
 
-def test_large_matrices_keep_fewer_directions_or_none(monkeypatch):
+def test_large_models_keep_fewer_directions_or_none(monkeypatch):
     monkeypatch.setattr(leading_, "ROOM", 47)
     assert estimated("linear", 16).leading.rows.shape[0] == 2
+    assert affordable(16, [(4, 5), (2, 5)]) == 1
     monkeypatch.setattr(leading_, "ROOM", 19)
     assert estimated("linear", 16).leading is None
+    assert affordable(16, []) == 16
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])

@@ -30,7 +30,7 @@ from .._types import Batch, Loss
 from ..sites import Site
 from .basis import Basis
 from .factors import Factors, output_quadratic
-from .leading import Leading
+from .leading import Leading, affordable
 from .recorder import Recorder, private_copy
 from .totals import BoundaryTotals, MomentTotals, SiteTotals, weight_gradient
 
@@ -82,8 +82,8 @@ class Curvature:
             corrected_samples: Samples (of the first batches, which are run again) for the eigenvalue correction; 0
                 leaves the plain Kronecker product.
             leading: Directions of largest curvature a site that are kept whole (from the same samples), for `quadratic`
-                alone; fewer where they would take more than 16 MB. Changes that move many entries together, such as
-                cut channels, are priced too low without.
+                alone; fewer in models where all would take more than 128 MB. Changes that move many entries together,
+                such as cut channels, are priced too low without.
 
         Returns:
             The curvature. A site that the loss does not use is left out with a warning.
@@ -131,7 +131,8 @@ class Curvature:
                     known[totals[-1].site.name] = value
                 totals.pop()
             corrected = [site for site in sites if site.name in known and again]
-            moments = [MomentTotals(site, known[site.name], leading) for site in corrected]
+            most = affordable(leading, [site.shape for site in corrected])
+            moments = [MomentTotals(site, known[site.name], most) for site in corrected]
             cost.give_back()
             for number, batch in enumerate(again):
                 calls, samples = recorder.run(loss, batch, number)

@@ -21,6 +21,7 @@ gradient", 2018 (low rank plus diagonal); beside EKFAC's diagonal ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from .basis import Basis
 
-ROOM = 1 << 22
-"""Entries of all directions of a site, 16 MB in float32: larger matrices get fewer directions, or none."""
+ROOM = 1 << 25
+"""Entries of all directions of all sites, 128 MB in float32: larger models get fewer directions, or none."""
 _TOGETHER = 64  # samples that are appended at once
 
 
@@ -67,16 +68,20 @@ class Leading:
         return float((energies * self.rest).sum() + along.double().square().sum())
 
 
+def affordable(most: int, shapes: Iterable[tuple[int, int]]) -> int:
+    """Return how many directions, `most` at most, matrices of these shapes can have together within `ROOM` entries."""
+    return min(most, ROOM // max(1, sum(m * n for m, n in shapes)))
+
+
 class Sketch:
     """The leading part of sum_n grad_n grad_n^T, over batches.
 
     Args:
-        most: Rows that are kept.
-        size: Entries of a gradient; so many rows are kept as fit in `ROOM`.
+        most: Rows that are kept; 0 keeps nothing.
     """
 
-    def __init__(self, most: int, size: int) -> None:
-        self.most = min(most, ROOM // max(1, size))
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._rows: Tensor | None = None
 
     def add(self, gradients: Tensor) -> None:

@@ -148,7 +148,7 @@ class MomentTotals:
 
     def __init__(self, site: Site, factors: Factors, leading: int = 0) -> None:
         self.site, self.factors = site, factors
-        self._sketch = Sketch(leading, site.shape[0] * site.shape[1])
+        self._sketch = Sketch(leading)
         basis = factors.eigenbasis()
         self._sum = torch.zeros_like(basis.moments)
         self._basis = replace(basis, moments=self._sum)
