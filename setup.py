@@ -1,9 +1,9 @@
 """Build hook for what pyproject.toml cannot say: the optional native kernels.
 
 A kernel is the C or C++ files src/eke/ops/<operation>/cpu*.c or cpu*.cpp with a plain C ABI, one of them for each
-instruction set: they need no header of Python or torch (kernels share src/eke/ops/*.h; cpu_calls.cpp takes Python's where
-it is found) and are loaded by ctypes from their package folder. A kernel is built only where its sources exist, and a machine without a compiler skips it: eke
-then takes the reference path and says so.
+instruction set: they need no header of Python or torch (kernels share src/eke/ops/*.h; cpu_calls.cpp takes Python's
+where it is found) and are loaded by ctypes from their package folder. A kernel is built only where its sources exist,
+and a machine without a compiler skips it: eke then takes the reference path and says so.
 """
 
 import os

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr i64 W = LANES;
-constexpr i64 C = 64;  // positions of a chunk
+constexpr i64 C = 32;  // positions of a chunk
 constexpr i64 FEW = 4;  // positions from which products of matrices pay
 constexpr float EPSILON = 1e-6f;
 constexpr int COLS = LANES == 16 ? 4 : 2, ROWS = LANES == 4 ? 4 : 6;
@@ -31,6 +31,26 @@ inline void copy_row(const float* in, i64 size, float* out, i64 wide, i64 map) {
     store(out + e, load(rest));
   }
 }
+
+// Rows of the next chunk travel to the second cache while products of this one are computed, some at a time: rows of a
+// head are far apart, and no hardware follows them.
+struct Ahead {
+  const float* at[5];
+  i64 time[5], size[5], rows, row;
+  int count;
+
+  Ahead() : rows(0), row(0), count(0) {}
+  void add(const Rows& in, i64 b, i64 h, i64 t, i64 wide) {
+    at[count] = in.at + b * in.batch + h * in.head + t * in.time;
+    time[count] = in.time;
+    size[count++] = wide;
+  }
+  void some(i64 many) {
+    for (const i64 end = row + many < rows ? row + many : rows; row < end; row++)
+      for (int n = 0; n < count; n++)
+        for (i64 e = 0; e < size[n]; e += 16) __builtin_prefetch(at[n] + row * time[n] + e, 0, 2);
+  }
+};
 
 // `count` rows of a head from position t on, zeros up to whole vectors of rows.
 inline void copy_rows(const Rows& in, i64 b, i64 h, i64 t, i64 count, i64 size, float* out, i64 map) {
@@ -95,8 +115,9 @@ template <int R> inline void columns(const Product& p, i64 m, i64 n, i64 from, i
 // WHOLE: all k. LOWER: a[m][k] is zero for k > m. UPPER: a[m][k] is zero for k < m. PART: only n <= m is wanted.
 enum { WHOLE, LOWER, UPPER, PART };
 
-void product(const Product& p, i64 rows, i64 n, i64 depth, int shape) {
+void product(const Product& p, i64 rows, i64 n, i64 depth, int shape, Ahead& ahead) {
   for (i64 m = 0; m < rows;) {
+    ahead.some(2);
     const i64 r = least(ROWS, rows - m), end = m + r;
     const i64 from = shape == UPPER ? m : 0, to = shape == LOWER ? least(depth, end) : depth;
     const i64 wide = shape == PART ? least(n, padded(end)) : n;
@@ -121,9 +142,11 @@ void lower(float* p, i64 rows, const float* add) {
 }
 
 inline float total(vec v) {
-  float s = 0.0f;
-  for (i64 l = 0; l < W; l++) s += v[l];
-  return s;
+  float part[LANES];
+  store(part, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int l = 0; l < half; l++) part[l] += part[l + half];
+  return part[0];
 }
 
 inline vec products(const float* a, const float* b, i64 n) {
@@ -210,6 +233,20 @@ void steps(const Call& c, i64 b, i64 h, const Room& w) {
   }
 }
 
+// The rows that the chunk from position t on will read.
+Ahead next_chunk(const Call& c, i64 b, i64 h, i64 t) {
+  Ahead next;
+  if (t < 0 || t >= c.length) return next;
+  next.rows = least(C, c.length - t);
+  next.add(c.q, b, h, t, c.features);
+  next.add(c.k, b, h, t, c.features);
+  next.add(c.v, b, h, t, c.values);
+  if (!c.grad.at) return next;
+  next.add(c.grad, b, h, t, c.values);
+  if (c.normalize) next.add({c.out, c.length * c.heads * c.values, c.values, c.heads * c.values}, b, h, t, c.values);
+  return next;
+}
+
 void forward_head(const Call& c, i64 b, i64 h, float* memory) {
   Room w(memory, c.features, c.values);
   if (c.length > 0 && c.length < FEW) return steps(c, b, h, w);
@@ -221,12 +258,13 @@ void forward_head(const Call& c, i64 b, i64 h, float* memory) {
     copy_rows(c.q, b, h, t, n, D, w.q, c.map);
     copy_rows(c.k, b, h, t, n, D, w.k, c.map);
     copy_rows(c.v, b, h, t, n, M, w.v, IDENTITY);
+    Ahead ahead = next_chunk(c, b, h, t + C);
     turn(w.k, padded(n), w.d, w.turned);
-    product({w.q, w.d, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), D, PART);
+    product({w.q, w.d, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), D, PART, ahead);
     lower(w.pairs, n, nullptr);
-    product({w.q, w.d, 1, w.state, w.m, w.out, w.m, false}, n, w.m, D, WHOLE);
-    product({w.pairs, C, 1, w.v, w.m, w.out, w.m, true}, n, w.m, n, LOWER);
-    product({w.k, 1, w.d, w.v, w.m, w.state, w.m, true}, D, w.m, n, WHOLE);
+    product({w.q, w.d, 1, w.state, w.m, w.out, w.m, false}, n, w.m, D, WHOLE, ahead);
+    product({w.pairs, C, 1, w.v, w.m, w.out, w.m, true}, n, w.m, n, LOWER, ahead);
+    product({w.k, 1, w.d, w.v, w.m, w.state, w.m, true}, D, w.m, n, WHOLE, ahead);
     for (i64 r = 0; r < n; r++) {
       vec sum = products(w.q + r * w.d, w.sums, w.d);
       for (i64 e = 0; e <= r; e += W) sum += load(w.pairs + r * C + e);
@@ -282,16 +320,17 @@ void backward_head(const Call& c, i64 b, i64 h, float* memory) {
   for (i64 t = 0; t < c.length; t += C) {
     const i64 n = least(C, c.length - t);
     derivatives_of_chunk(c, w, b, h, t, n);
+    Ahead ahead = next_chunk(c, b, h, t + C);
     turn(w.v, padded(n), w.m, w.turned);
-    product({w.g, w.m, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), M, PART);
+    product({w.g, w.m, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), M, PART, ahead);
     lower(w.pairs, n, w.h);
-    product({w.g, w.m, 1, w.state, w.d, w.out, w.d, false}, n, w.d, M, WHOLE);
-    product({w.pairs, C, 1, w.k, w.d, w.out, w.d, true}, n, w.d, n, LOWER);
+    product({w.g, w.m, 1, w.state, w.d, w.out, w.d, false}, n, w.d, M, WHOLE, ahead);
+    product({w.pairs, C, 1, w.k, w.d, w.out, w.d, true}, n, w.d, n, LOWER, ahead);
     for (i64 r = 0; r < n; r++) {
       if (c.normalize) add_row(w.out + r * w.d, w.sums, w.h[r], w.d);
       write_row(c, w.out + r * w.d, w.q + r * w.d, c.dq, b, h, t + r, w.d);
     }
-    product({w.v, 1, w.m, w.k, w.d, w.state, w.d, true}, M, w.d, n, WHOLE);
+    product({w.v, 1, w.m, w.k, w.d, w.state, w.d, true}, M, w.d, n, WHOLE, ahead);
     for (i64 r = 0; r < n; r++) add_row(w.sums, w.k + r * w.d, 1.0f, w.d);
   }
   // Last to first: R turned, (M, D), beside R.
@@ -301,23 +340,24 @@ void backward_head(const Call& c, i64 b, i64 h, float* memory) {
     const i64 n = least(C, c.length - t);
     turn(w.other, w.d, w.m, w.state);
     derivatives_of_chunk(c, w, b, h, t, n);
+    Ahead ahead = next_chunk(c, b, h, t - C);
     turn(w.k, padded(n), w.d, w.turned);
-    product({w.q, w.d, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), D, PART);
+    product({w.q, w.d, 1, w.turned, padded(n), w.pairs, C, false}, n, padded(n), D, PART, ahead);
     lower(w.pairs, n, nullptr);
-    product({w.k, w.d, 1, w.other, w.m, w.out, w.m, false}, n, w.m, D, WHOLE);
-    product({w.pairs, 1, C, w.g, w.m, w.out, w.m, true}, n, w.m, n, UPPER);
+    product({w.k, w.d, 1, w.other, w.m, w.out, w.m, false}, n, w.m, D, WHOLE, ahead);
+    product({w.pairs, 1, C, w.g, w.m, w.out, w.m, true}, n, w.m, n, UPPER, ahead);
     for (i64 r = 0; r < n; r++)
       memcpy(c.dv + ((b * c.length + t + r) * c.heads + h) * M, w.out + r * w.m, M * sizeof(float));
     turn(w.v, padded(n), w.m, w.turned);
-    product({w.g, w.m, 1, w.turned, padded(n), w.more, C, false}, n, padded(n), M, PART);
+    product({w.g, w.m, 1, w.turned, padded(n), w.more, C, false}, n, padded(n), M, PART, ahead);
     lower(w.more, n, w.h);
-    product({w.v, w.m, 1, w.state, w.d, w.out, w.d, false}, n, w.d, M, WHOLE);
-    product({w.more, 1, C, w.q, w.d, w.out, w.d, true}, n, w.d, n, UPPER);
+    product({w.v, w.m, 1, w.state, w.d, w.out, w.d, false}, n, w.d, M, WHOLE, ahead);
+    product({w.more, 1, C, w.q, w.d, w.out, w.d, true}, n, w.d, n, UPPER, ahead);
     for (i64 r = 0; r < n; r++) {
       add_row(w.out + r * w.d, w.sums, 1.0f, w.d);
       write_row(c, w.out + r * w.d, w.k + r * w.d, c.dk, b, h, t + r, w.d);
     }
-    product({w.q, 1, w.d, w.g, w.m, w.other, w.m, true}, D, w.m, n, WHOLE);
+    product({w.q, 1, w.d, w.g, w.m, w.other, w.m, true}, D, w.m, n, WHOLE, ahead);
     for (i64 r = 0; r < n; r++) add_row(w.sums, w.q + r * w.d, w.h[r], w.d);
   }
   gather(w.other, D, M, c.dmemory + at * D * M);
