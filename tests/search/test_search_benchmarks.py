@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from eke import search
 from eke.search.spaces import NB201
@@ -146,6 +147,33 @@ def test_winner_and_its_differences(page):
             low, high = difference["interval"]
             assert low < points < high
             assert f"{difference['points']:+.2f} [{low:+.2f}, {high:+.2f}]" in page
+
+
+def test_levels_are_pooled_as_they_were_measured(page):
+    path = RESULTS / "nas_levels.json"
+    if not path.exists():
+        pytest.skip("benchmarks are not here")
+    document = json.loads(path.read_text())
+    found = document["levels"]
+    assert len(found) == len({row["flops"] for row in found}) >= 8
+    for row in found:
+        assert row["winner"] not in row["random"]
+        assert len(set(row["random"])) == len(row["accuracy"]["random"]) == 5
+        assert len(row["accuracy"]["winner"]) == 2
+        means = {name: statistics.fmean(values) for name, values in row["accuracy"].items()}
+        assert f"| {means['random']:.2f} | " in page
+        assert f"`{row['winner']}` {means['winner']:.2f} |" in page
+    for name, pooled in document["pooled"].items():
+        if name == "winner_above_median":
+            continue
+        first, second = name.split(" - ")
+        gains = [statistics.fmean(row["accuracy"][first]) - statistics.fmean(row["accuracy"][second]) for row in found]
+        assert pooled["points"] == pytest.approx(statistics.fmean(gains), abs=1e-3)
+        assert (pooled["above_0"], pooled["levels"]) == (sum(gain > 0 for gain in gains), len(gains))
+        low, high = pooled["interval"]
+        half = t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
+        assert (high - low) / 2 == pytest.approx(half, abs=1e-3)
+        assert f"{pooled['points']:+.2f} [{low:+.2f}, {high:+.2f}]" in page
 
 
 @pytest.mark.slow
