@@ -24,6 +24,9 @@ __all__ = ["Asked", "Clusterer", "Hamming", "KMeans", "Spherical", "clustered_at
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_DEFAULT = KMeans()  # made once: torch.compile of torch 2.14 cannot call what it has seen being made
+
+
 def clustered_attention(
     q: Tensor,
     k: Tensor,
@@ -83,7 +86,7 @@ def clustered_attention(
     exact = torch.float64 if v.dtype == torch.float64 else torch.float32
     by_head = [x.to(exact).transpose(1, 2) for x in (q, k, v)]
     parts = by_head[0], by_head[1], by_head[2]
-    clusterer = KMeans() if clusterer is None else clusterer
+    clusterer = _DEFAULT if clusterer is None else clusterer
     if causal:
         _check_causal(q, k, block, max(counts), groups is not None or mask is not None or query_mask is not None)
         out = attend_causally(
