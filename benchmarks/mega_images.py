@@ -183,10 +183,14 @@ class AllPatches(nn.Module):
     def forward(self, images: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and attention."""
         line = torch.arange(0, images.shape[-1] - PATCH + 1, self.stride)
-        places = torch.cartesian_prod(line, line).expand(len(images), -1, 2)
-        patches = gather(images, places, (PATCH, PATCH)).flatten(0, 1)
-        kept = patches.flatten(1).bool().any(1) if self.once else torch.ones(len(patches), dtype=torch.bool)
-        features = nn.functional.normalize(self.encoder(patches[kept].float() / 255), dim=1)
+        places = torch.cartesian_prod(line, line)
+        kept = torch.ones(len(images), len(places), dtype=torch.bool)
+        if self.once:
+            highest = nn.functional.max_pool2d(images.float(), PATCH, self.stride)
+            kept = highest.flatten(1) > 0
+        found = [gather(image[None], places[seen][None], (PATCH, PATCH))[0] for image, seen in zip(images, kept)]
+        features = nn.functional.normalize(self.encoder(torch.cat(found).float() / 255), dim=1)
+        kept = kept.flatten()
         if self.once:
             empty = nn.functional.normalize(self.encoder(torch.zeros(1, 1, PATCH, PATCH)), dim=1)
             where = torch.where(kept, kept.cumsum(0) - 1, len(features))
