@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -88,6 +89,9 @@ def test_what_cannot_be_is_named(tmp_path):
         search.share(SMALL, SMALL.log_numel, storage="sqlite:////nowhere/a.db")
     with pytest.raises(ValueError, match=r"Costs are flops, .*got \['joules'\]"):
         search.share(SMALL, SMALL.log_numel, storage=url, costs=("joules",))
+    if importlib.util.find_spec("psycopg") is None:
+        with pytest.raises(ConnectionError, match=r"'postgresql' needs the driver .* pip install 'psycopg\[binary\]'"):
+            search.share(SMALL, SMALL.log_numel, storage="postgresql://somebody:secret@localhost/eke")
     with pytest.raises(ValueError, match="evaluations >= 1, got 0"):
         search.share(SMALL, SMALL.log_numel, storage=url, evaluations=0)
     scorer = search.Scorer(SMALL, (), ("params", "flops"))

@@ -153,6 +153,11 @@ def _opened(optuna: Any, url: str, name: str, settings: Mapping[str, Any], popul
         known = study.user_attrs.get("eke search")
         if known is None:
             study.set_user_attr("eke search", settings)
+    except ImportError as error:
+        raise ConnectionError(
+            f"The storage {url.partition('://')[0]!r} needs the driver of its database ({error.name or error}); for "
+            "PostgreSQL: pip install 'psycopg[binary]'. A file needs none: journal:search.log."
+        ) from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
