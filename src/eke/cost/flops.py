@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 
 from .forward import rehearse, unwrap
 
@@ -192,6 +198,10 @@ def _scaled_dot_product(*args: Any, out_val: Any, **_: Any) -> int:
     return int(sdpa_flop(*(tensor.shape for tensor in args[:3])))
 
 
+def _scaled_dot_product_backward(*args: Any, out_val: Any, **_: Any) -> int:
+    return int(sdpa_backward_flop(*(tensor.shape for tensor in args[:4])))
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     table: dict[Any, Callable[..., int]] = {
         **dict.fromkeys([aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten._sparse_mm_reduce_impl], _first_two),
@@ -201,6 +211,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         **dict.fromkeys([aten.mkldnn_linear, aten._weight_int8pack_mm, aten._weight_int4pack_mm], _entries_times_inner),
         **dict.fromkeys([aten._euclidean_dist, aten._cdist_forward], _entries_times_inner),
         aten._scaled_dot_product_fused_attention_overrideable: _scaled_dot_product,
+        # torch's own table has these from 2.15 on
+        aten._scaled_dot_product_flash_attention_for_cpu: _scaled_dot_product,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _scaled_dot_product_backward,
         aten.sparse_sampled_addmm: _sampled_product,
         aten.addr: _outer_update,
         aten._trilinear: _trilinear,
