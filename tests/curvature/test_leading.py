@@ -149,6 +149,8 @@ def test_large_models_keep_fewer_directions_or_none(monkeypatch):
     monkeypatch.setattr(leading_, "ROOM", 19)
     assert estimated("linear", 16).leading is None
     assert affordable(16, []) == 16
+    with pytest.raises(ValueError, match="0 for none, got -1"):
+        Curvature.estimate(nn.Linear(3, 2), [], lambda *_: torch.zeros(()), [], leading=-1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])

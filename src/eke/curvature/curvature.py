@@ -89,12 +89,13 @@ class Curvature:
             The curvature. A site that the loss does not use is left out with a warning.
 
         Raises:
-            ValueError: if there are no batches, a site is not visible, or data or loss are not finite or so large
-                that squares overflow.
+            ValueError: if there are no batches, a site is not visible, `leading` is negative, or data or loss are not
+                finite or so large that squares overflow.
         """
         refused = [site.name for site in sites if not site.visible]
         if refused:
             raise ValueError(f"Curvature needs sites whose inputs and outputs can be seen (`visible`), got {refused}.")
+        most = affordable(leading, [site.shape for site in sites])
         private = private_copy(model, sites)
         totals = [SiteTotals(site, max_locations) for site in sites]
         borders = [BoundaryTotals(name, dim) for name, dim in (outputs or {}).items()]
@@ -131,7 +132,6 @@ class Curvature:
                     known[totals[-1].site.name] = value
                 totals.pop()
             corrected = [site for site in sites if site.name in known and again]
-            most = affordable(leading, [site.shape for site in corrected])
             moments = [MomentTotals(site, known[site.name], most) for site in corrected]
             cost.give_back()
             for number, batch in enumerate(again):

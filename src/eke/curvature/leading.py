@@ -69,7 +69,17 @@ class Leading:
 
 
 def affordable(most: int, shapes: Iterable[tuple[int, int]]) -> int:
-    """Return how many directions, `most` at most, matrices of these shapes can have together within `ROOM` entries."""
+    """Return how many directions, `most` at most, matrices of these shapes can have together within `ROOM` entries.
+
+    Args:
+        most: Directions asked for.
+        shapes: Of the matrices, (m, n).
+
+    Raises:
+        ValueError: if fewer than no directions are asked for.
+    """
+    if most < 0:
+        raise ValueError(f"leading is a number of directions, 0 for none, got {most}.")
     return min(most, ROOM // max(1, sum(m * n for m, n in shapes)))
 
 
